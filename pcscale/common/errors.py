@@ -1,0 +1,34 @@
+"""The errors that reach a user, each with the exit code of the command line.
+
+A message says where, what was found, what was expected and what to do, in one or two lines.
+"""
+
+
+class PcscaleError(Exception):
+    """An error whose text is meant for the user. Its base class stands for "anything else"."""
+
+    exit_code = 1
+
+
+class RequestError(PcscaleError, ValueError):
+    """The request is wrong: a flag, a key, a path, a checkpoint or the data."""
+
+    exit_code = 2
+
+
+class BudgetError(PcscaleError, ValueError):
+    """The request cannot fit the stated budget; the message names the least that would do."""
+
+    exit_code = 3
+
+
+class RunError(PcscaleError, RuntimeError):
+    """The request was right and the run failed: a full disk, losses that are not finite."""
+
+    exit_code = 1
+
+
+class Interrupted(PcscaleError):
+    """The user asked to stop; a checkpoint was written first where one was due."""
+
+    exit_code = 130

@@ -1,0 +1,180 @@
+"""Every setting of a run, with its type, range, default, theme and unit. The help and the docs are made from this."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pcscale.common.units import parse_bytes
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, found true or false")
+    return value
+
+
+def _check_size(value: Any) -> Any:
+    parse_bytes(value)
+    return str(value)
+
+
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_refuse_bool)]
+Count = Annotated[Whole, Field(gt=0)]
+Size = Annotated[str, BeforeValidator(_check_size)]
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _theme(name: str) -> dict[str, Any]:
+    return {"theme": name}
+
+
+_MODEL, _DATA, _TRAINING, _MEMORY, _OUTPUT = (_theme(name) for name in ("model", "data", "training", "memory", "output"))
+
+
+class DataConfig(BaseModel):
+    """Where the text comes from."""
+
+    model_config = _STRICT
+
+    train: list[str] = Field(min_length=1)
+    """Text to train on: files or globs (.txt, .jsonl, .parquet, each also gzipped), or one Hub data set id."""
+    validation: list[str] | None = Field(default=None, min_length=1)
+    """Held-out text, in the same forms. Absent: the last part of train is held out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: [value] if isinstance(value, str) else value for key, value in values.items()}
+        return values
+
+
+class RunConfig(BaseModel):
+    """One run: what `pcscale compress` reads from run.yaml."""
+
+    model_config = _STRICT
+
+    base: str = Field(min_length=1, json_schema_extra=_MODEL)
+    """The base model: a local checkpoint folder or a Hub id."""
+    output: str = Field(min_length=1, json_schema_extra=_OUTPUT)
+    """The run folder. It must be new or empty unless `--resume` is given."""
+    keep: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=None, json_schema_extra=_MODEL)
+    """Share of the base's real parameter count to keep; 0.5 where no size is given at all. Units: fraction."""
+    target_params: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_MODEL)
+    """Instead of `keep`: the parameter count to come close to. Units: parameters."""
+    hidden_size: Count | None = Field(default=None, json_schema_extra=_MODEL)
+    """Instead of `keep`, with intermediate_size: the exact residual width. Units: channels."""
+    intermediate_size: Count | None = Field(default=None, json_schema_extra=_MODEL)
+    """Instead of `keep`, with hidden_size: the exact ffn width. Units: channels."""
+    method: Literal["projected", "hard_prune"] = Field(default="projected", json_schema_extra=_MODEL)
+    """`projected` trains projections of the frozen base; `hard_prune`, the control arm, trains the same start alone."""
+    start: Literal["selection"] = Field(default="selection", json_schema_extra=_MODEL)
+    """The fixed part S of the projections: `selection` keeps the most important channels."""
+    importance: Literal["activation", "magnitude", "random"] = Field(default="activation", json_schema_extra=_MODEL)
+    """How channels are scored: by activations on calibration text, by weight magnitude, or at random (with `seed`)."""
+    calibration_tokens: Count = Field(default=262_144, json_schema_extra=_MODEL)
+    """Tokens of training text that activation scores are taken on. Units: tokens."""
+    trust_remote_code: Literal[False] = Field(default=False, json_schema_extra=_MODEL)
+    """Only stock model classes are run; code that comes with a checkpoint never is."""
+
+    data: DataConfig = Field(json_schema_extra=_DATA)
+    """Training and held-out text: `data.train`, `data.validation`."""
+    sequence_length: Annotated[Whole, Field(gt=1)] = Field(default=512, json_schema_extra=_DATA)
+    """Length of a packed sequence. Units: tokens."""
+    eval_tokens: Count = Field(default=65_536, json_schema_extra=_DATA)
+    """At most this much held-out text is evaluated. Units: tokens."""
+
+    max_steps: Count = Field(default=1000, json_schema_extra=_TRAINING)
+    """Optimizer steps. Units: steps."""
+    per_device_train_batch_size: Count = Field(default=4, json_schema_extra=_TRAINING)
+    """Sequences in a micro batch. Units: sequences."""
+    gradient_accumulation_steps: Count = Field(default=8, json_schema_extra=_TRAINING)
+    """Micro batches in a step. Units: micro batches."""
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=1.5e-4, json_schema_extra=_TRAINING)
+    """Peak rate of the projections and of everything trained directly."""
+    aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
+    """Peak rate of aux. Absent: `learning_rate`."""
+    warmup_steps: Annotated[Whole, Field(ge=0)] = Field(default=40, json_schema_extra=_TRAINING)
+    """Steps from 0.1 of the rate to the whole of it; a cosine back to 0.1 follows. Units: steps."""
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, json_schema_extra=_TRAINING)
+    """Decoupled decay of D and aux (hard_prune: of the matrices); never of norms and biases."""
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(default=0.9, json_schema_extra=_TRAINING)
+    """Decay rate of the first moment."""
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(default=0.95, json_schema_extra=_TRAINING)
+    """Decay rate of the second moment."""
+    adam_epsilon: Annotated[Number, Field(gt=0)] = Field(default=1e-8, json_schema_extra=_TRAINING)
+    """Added to the root of the second moment."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] = Field(default=1.0, json_schema_extra=_TRAINING)
+    """The norm that the compressed model's gradients are clipped to."""
+    max_skipped_steps: Count = Field(default=10, json_schema_extra=_TRAINING)
+    """The run stops after so many steps in a row whose loss or gradients were not finite. Units: steps."""
+    bf16: bool = Field(default=False, json_schema_extra=_TRAINING)
+    """Hold and run the compressed model in bfloat16; records and gradients stay in float32."""
+    gradient_checkpointing: bool = Field(default=False, json_schema_extra=_TRAINING)
+    """Recompute activations in the backward pass instead of keeping them."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(default=0, json_schema_extra=_TRAINING)
+    """Seed of the data order and of random scores."""
+
+    base_home: Literal["disk"] = Field(default="disk", json_schema_extra=_MEMORY)
+    """Where the frozen base lives: `disk` maps its files."""
+    base_precision: Literal["stored"] = Field(default="stored", json_schema_extra=_MEMORY)
+    """The precision that the frozen base is kept in: `stored`, as its files have it."""
+    residency: Literal["device"] = Field(default="device", json_schema_extra=_MEMORY)
+    """Where records and moments live."""
+    record_dtype: Literal["float32"] = Field(default="float32", json_schema_extra=_MEMORY)
+    """The dtype of D and aux."""
+    moments: Literal["32bit"] = Field(default="32bit", json_schema_extra=_MEMORY)
+    """The precision of AdamW's moments."""
+    projection_rank: Literal["full"] = Field(default="full", json_schema_extra=_MEMORY)
+    """The rank of D."""
+    deepspeed: None = Field(default=None, json_schema_extra=_MEMORY)
+    """A DeepSpeed configuration file. Absent: one process without DeepSpeed."""
+    max_memory: Size = Field(default="2GiB", json_schema_extra=_MEMORY)
+    """Cap on the merge's anonymous memory, beside 300 MiB of interpreter. Units: bytes."""
+
+    logging_steps: Count = Field(default=10, json_schema_extra=_OUTPUT)
+    """A line is printed every so many steps; metrics.jsonl has all of them. Units: steps."""
+    eval_steps: Count = Field(default=100, json_schema_extra=_OUTPUT)
+    """Held-out text is evaluated every so many steps. Units: steps."""
+    save_steps: Count = Field(default=100, json_schema_extra=_OUTPUT)
+    """A checkpoint is written every so many steps. Units: steps."""
+    keep_checkpoints: Count = Field(default=2, json_schema_extra=_OUTPUT)
+    """How many checkpoints stay. Units: checkpoints."""
+    max_shard_size: Size = Field(default="5GB", json_schema_extra=_OUTPUT)
+    """Largest file of the merged model. Units: bytes."""
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default=[], json_schema_extra=_OUTPUT)
+    """Trackers that get every step's metrics too; each needs its own package."""
+
+    @model_validator(mode="after")
+    def _one_way_to_say_the_size(self) -> "RunConfig":
+        widths = [self.hidden_size, self.intermediate_size]
+        if (widths[0] is None) != (widths[1] is None):
+            raise ValueError("hidden_size and intermediate_size go together: set both or neither")
+        said = [
+            key
+            for key, value in (
+                ("keep", self.keep),
+                ("target_params", self.target_params),
+                ("hidden_size", widths[0]),
+            )
+            if value is not None
+        ]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} both say the size: keep one of them")
+        if self.method == "hard_prune" and self.aux_learning_rate is not None:
+            raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
+        return self
+
+    @property
+    def aux_rate(self) -> float:
+        return self.learning_rate if self.aux_learning_rate is None else self.aux_learning_rate
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.sequence_length

@@ -1,0 +1,152 @@
+"""What a compression is: a base, new widths, and for every weight both shapes. All counts follow from it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from pcscale.families.axes import FFN, PROJECTED_AXES, Q_HEADS, RESIDUAL, Sizes
+from pcscale.families.hf_config import compressed_config
+from pcscale.families.spec import Config, Family, Kind, Weight, is_tied, sizes_of
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One tensor with its base shape and its compressed shape, and which sides change."""
+
+    weight: Weight
+    base_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.weight.kind.is_matrix
+
+    @property
+    def projects_out(self) -> bool:
+        return self.shape[0] != self.base_shape[0]
+
+    @property
+    def projects_in(self) -> bool:
+        return self.is_matrix and self.shape[1] != self.base_shape[1]
+
+    @property
+    def trainable(self) -> int:
+        """Values that training changes: D_out, D_in and aux of a matrix; the entries of a norm or bias."""
+        count = math.prod(self.shape)
+        if self.is_matrix:
+            count += self.projects_out * self.shape[0] * self.base_shape[0]
+            count += self.projects_in * self.shape[1] * self.base_shape[1]
+        return count
+
+    @property
+    def compose_flops(self) -> int:
+        """Floating-point operations of one compose, in the cheaper of its two orders (method, section 2)."""
+        if not self.is_matrix:
+            return 0
+        (base_out, base_in), (out, in_) = self.base_shape, self.shape
+        in_first = self.projects_in * base_out * base_in * in_ + self.projects_out * out * base_out * in_
+        out_first = self.projects_out * out * base_out * base_in + self.projects_in * out * base_in * in_
+        return 2 * min(in_first, out_first)
+
+    @property
+    def pull_back_flops(self) -> int:
+        """Operations of one pull-back: a product for each side's gradient, and with two sides two shared ones."""
+        return self.compose_flops * (2 if self.projects_out and self.projects_in else 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A base config and the widths it is cut to."""
+
+    family: Family
+    base_config: Config
+    hidden_size: int
+    intermediate_size: int
+
+    @cached_property
+    def config(self) -> Config:
+        """The compressed model's config.json."""
+        return compressed_config(self.base_config, self.hidden_size, self.intermediate_size)
+
+    @cached_property
+    def base_sizes(self) -> Sizes:
+        return sizes_of(self.base_config)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.config)
+
+    @cached_property
+    def weights(self) -> tuple[PlannedWeight, ...]:
+        """Every tensor, in the order of a forward pass."""
+        return tuple(
+            PlannedWeight(weight, weight.shape(self.base_sizes), weight.shape(self.sizes))
+            for weight in self.family.weights(self.base_config)
+        )
+
+    @property
+    def matrices(self) -> Iterator[PlannedWeight]:
+        return (planned for planned in self.weights if planned.is_matrix)
+
+    @property
+    def num_layers(self) -> int:
+        return self.base_config["num_hidden_layers"]
+
+    @property
+    def tied(self) -> bool:
+        return is_tied(self.base_config)
+
+    @property
+    def base_parameters(self) -> int:
+        """Tied embeddings counted once."""
+        return sum(math.prod(planned.base_shape) for planned in self.weights)
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(planned.shape) for planned in self.weights)
+
+    @property
+    def keep_fraction(self) -> float:
+        return self.parameters / self.base_parameters
+
+    @property
+    def trainable(self) -> int:
+        return sum(planned.trainable for planned in self.weights)
+
+    @property
+    def compose_flops(self) -> int:
+        """One compose of every matrix."""
+        return sum(planned.compose_flops for planned in self.weights)
+
+    @property
+    def pull_back_flops(self) -> int:
+        """One pull-back of every matrix."""
+        return sum(planned.pull_back_flops for planned in self.weights)
+
+    def train_flops_per_token(self, sequence_length: int) -> int:
+        """Forward and backward: 6 a weight that multiplies, and attention's own products at half the square."""
+        multiplied = sum(
+            math.prod(planned.shape)
+            for planned in self.matrices
+            # The embedding is looked up; it multiplies only where it is the head as well.
+            if planned.weight.kind is not Kind.EMBEDDING or self.tied
+        )
+        attention = self.num_layers * self.sizes[Q_HEADS] * sequence_length
+        return 6 * multiplied + 6 * attention
+
+    def kept_axes(self) -> Iterator[tuple[str, int, int]]:
+        """Name, base size and compressed size of each set of kept indices: residual global, ffn per layer."""
+        yield kept_name(RESIDUAL, None), self.base_sizes[RESIDUAL], self.sizes[RESIDUAL]
+        for layer in range(self.num_layers):
+            yield kept_name(FFN, layer), self.base_sizes[FFN], self.sizes[FFN]
+
+
+def kept_name(axis: str, layer: int | None) -> str:
+    """The name of the kept indices (or of the scores) that an axis has in a layer."""
+    assert axis in PROJECTED_AXES
+    return RESIDUAL.value if axis == RESIDUAL else f"{FFN.value}.{layer}"

@@ -1,0 +1,31 @@
+"""The supported families, listed by hand."""
+
+from pcscale.common.errors import RequestError
+from pcscale.families.decoder import LLAMA, MISTRAL, QWEN2, QWEN3
+from pcscale.families.spec import Config, Family, check_config
+
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def supported() -> str:
+    return ", ".join(f"{family.name} ({family.examples})" for family in FAMILIES.values())
+
+
+def family_of(config: Config, where: str) -> Family:
+    """The family of a model, from its config.json.
+
+    Args:
+        config: the parsed config.json.
+        where: what to call it in errors.
+
+    Raises:
+        RequestError: the family is not supported, the weights are quantised, or the sizes are not usable.
+    """
+    model_type = config.get("model_type")
+    family = next((family for family in FAMILIES.values() if model_type in family.model_types), None)
+    if family is None:
+        raise RequestError(f"{where}: model_type {model_type!r} is not supported. Supported: {supported()}.")
+    if config.get("quantization_config"):
+        raise RequestError(f"{where}: the weights are quantised. Use the checkpoint in its full precision.")
+    check_config(config, where)
+    return family

@@ -1,0 +1,133 @@
+"""What a family's table is made of, and the loop that turns it into the weights of one model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pcscale.common.errors import RequestError
+from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VOCAB, Axis, Sizes
+
+Config = dict[str, Any]
+"""A model's config.json."""
+
+Condition = Callable[[Config], bool]
+
+
+class Kind(StrEnum):
+    """What a weight is for: matrices are projected, norms and biases are trained directly."""
+
+    EMBEDDING = "embedding"
+    LINEAR = "linear"
+    HEAD = "head"
+    NORM = "norm"
+    BIAS = "bias"
+
+    @property
+    def is_matrix(self) -> bool:
+        return self in (Kind.EMBEDDING, Kind.LINEAR, Kind.HEAD)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """One line of a family's table: a tensor's name, below its layer, and its axes, out before in."""
+
+    name: str
+    kind: Kind
+    axes: tuple[Axis, ...]
+    when: Condition | None = None  # None: every model of the family has it
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of one model."""
+
+    name: str
+    kind: Kind
+    axes: tuple[Axis, ...]
+    layer: int | None  # None: outside the layers
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(sizes[axis] for axis in self.axes)
+
+    @property
+    def module(self) -> str:
+        """The dotted name of the module that owns the tensor."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family as data. Everything else (shapes, counts, starts, merging) is derived from the two tables."""
+
+    name: str
+    examples: str
+    model_types: tuple[str, ...]
+    layer_prefix: str
+    """Where layer number `{layer}` lives."""
+    before: tuple[WeightSpec, ...]
+    """Weights used before the first layer."""
+    layer: tuple[WeightSpec, ...]
+    """Weights of every layer."""
+    after: tuple[WeightSpec, ...]
+    """Weights used after the last layer."""
+    hidden_multiple: Callable[[Config], int]
+    """What the config class demands hidden_size to be divisible by."""
+
+    def weights(self, config: Config) -> Iterator[Weight]:
+        """Every tensor of a model with this config, once, in the order in which a forward pass needs them."""
+        yield from self._resolve(self.before, config, "", None)
+        for layer in range(config["num_hidden_layers"]):
+            yield from self._resolve(self.layer, config, self.layer_prefix.format(layer=layer), layer)
+        yield from self._resolve(self.after, config, "", None)
+
+    @staticmethod
+    def _resolve(specs: tuple[WeightSpec, ...], config: Config, prefix: str, layer: int | None) -> Iterator[Weight]:
+        for spec in specs:
+            if spec.when is None or spec.when(config):
+                yield Weight(prefix + spec.name, spec.kind, spec.axes, layer)
+
+
+def sizes_of(config: Config) -> Sizes:
+    """The size of every axis, from a config.json."""
+    heads = config["num_attention_heads"]
+    head_dim = head_dim_of(config)
+    return {
+        RESIDUAL: config["hidden_size"],
+        FFN: config["intermediate_size"],
+        Q_HEADS: heads * head_dim,
+        KV_HEADS: (config.get("num_key_value_heads") or heads) * head_dim,
+        HEAD_DIM: head_dim,
+        VOCAB: config["vocab_size"],
+    }
+
+
+def head_dim_of(config: Config) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def is_tied(config: Config) -> bool:
+    """Whether the head is the embedding. The config classes of all families here default to untied."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+
+
+def check_config(config: Config, where: str) -> None:
+    """Refuse a config whose sizes are absent or no positive whole numbers."""
+    for key in _REQUIRED + tuple(key for key in _OPTIONAL if config.get(key) is not None):
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise RequestError(f"{where}: {key} is {value!r}, expected a positive whole number. Restore config.json.")
+    if not config.get("head_dim") and config["hidden_size"] % config["num_attention_heads"]:
+        raise RequestError(
+            f"{where}: hidden_size {config['hidden_size']} is not divisible by num_attention_heads "
+            f"{config['num_attention_heads']} and there is no head_dim. Restore config.json."
+        )
+    if config["num_attention_heads"] % (config.get("num_key_value_heads") or config["num_attention_heads"]):
+        raise RequestError(
+            f"{where}: {config['num_attention_heads']} attention heads cannot share "
+            f"{config['num_key_value_heads']} key-value heads. Restore config.json."
+        )

@@ -1,0 +1,102 @@
+"""Legal widths: which ones a family allows, and the search for those that keep a wanted share of the parameters."""
+
+import math
+from collections.abc import Callable
+
+from pcscale.common.errors import RequestError
+from pcscale.families.plan import Plan
+from pcscale.families.spec import Config, Family
+
+KERNEL_MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
+"""Multiples that matrix kernels like, best first."""
+MAX_STEP_FRACTION = 0.05
+"""A search step is at most this share of the base width, or the wanted size could be missed by too much."""
+SIZE_TOLERANCE = 0.01
+"""Among widths this close to the wanted size, the ones that cut both axes alike win."""
+
+
+def search_step(width: int, legal_multiple: int) -> int:
+    """The step between the widths that a search considers: legal, and as kernel-friendly as 5 % allows."""
+    steps = [math.lcm(legal_multiple, multiple) for multiple in KERNEL_MULTIPLES]
+    return next((step for step in steps if step <= MAX_STEP_FRACTION * width), legal_multiple)
+
+
+def plan_widths(family: Family, config: Config, hidden_size: int, intermediate_size: int) -> Plan:
+    """A plan at explicit widths, taken as they are when they are legal.
+
+    Raises:
+        RequestError: a width is out of range or the family's config class would refuse it; the nearest legal are named.
+    """
+    hidden_multiple = family.hidden_multiple(config)
+    for key, width, multiple in (
+        ("hidden_size", hidden_size, hidden_multiple),
+        ("intermediate_size", intermediate_size, 1),
+    ):
+        if not 0 < width <= config[key]:
+            raise RequestError(f"{key} {width} is not between 1 and the base's {config[key]}. Choose a smaller width.")
+        if width % multiple:
+            below = width // multiple * multiple
+            nearest = [str(legal) for legal in (below, below + multiple) if 0 < legal <= config[key]]
+            raise RequestError(
+                f"{key} {width} is not legal: family '{family.name}' needs a multiple of num_attention_heads "
+                f"= {multiple}. Nearest legal: {' and '.join(nearest)}."
+            )
+    if hidden_size == config["hidden_size"] and intermediate_size == config["intermediate_size"]:
+        raise RequestError("hidden_size and intermediate_size are the base's own: nothing would be compressed.")
+    return Plan(family, config, hidden_size, intermediate_size)
+
+
+def plan_keep(family: Family, config: Config, keep: float) -> Plan:
+    """The legal widths that keep the share `keep` of the base's real parameters, tied embeddings counted once."""
+    if not 0 < keep < 1:
+        raise RequestError(f"keep {keep:g} is not a share between 0 and 1. Write 0.5 to keep half of the parameters.")
+    whole = Plan(family, config, config["hidden_size"], config["intermediate_size"])
+    return plan_parameters(family, config, keep * whole.base_parameters, f"keep {keep:g}")
+
+
+def plan_parameters(family: Family, config: Config, target: float, wanted: str) -> Plan:
+    """The legal widths closest to `target` parameters; among those within 1 %, the ones that cut both axes alike.
+
+    Args:
+        wanted: how the user asked for it, for errors.
+
+    Raises:
+        RequestError: the target is out of what the legal widths can reach.
+    """
+    count = _parameter_count(family, config)
+    base_hidden, base_ffn = config["hidden_size"], config["intermediate_size"]
+    hidden_step = search_step(base_hidden, family.hidden_multiple(config))
+    ffn_step = search_step(base_ffn, 1)
+    least, most = count(hidden_step, ffn_step), count(base_hidden, base_ffn)
+    if not least <= target < most:
+        raise RequestError(
+            f"{wanted} means {target:,.0f} parameters; legal widths of this base reach from {least:,} "
+            f"({least / most:.4f} of it) to below {most:,}. Choose a value between."
+        )
+    candidates = []
+    for hidden in range(hidden_step, base_hidden + 1, hidden_step):
+        # The count is linear in the ffn width, so the best one for this hidden size follows from two counts.
+        at_one, slope = count(hidden, 1), count(hidden, 2) - count(hidden, 1)
+        exact = (target - at_one) / slope + 1
+        ffn = min(max(round(exact / ffn_step), 1), base_ffn // ffn_step) * ffn_step
+        if (hidden, ffn) == (base_hidden, base_ffn):
+            continue
+        miss = abs(count(hidden, ffn) - target) / target
+        imbalance = abs(math.log((hidden / base_hidden) / (ffn / base_ffn)))
+        candidates.append((miss > SIZE_TOLERANCE, miss if miss > SIZE_TOLERANCE else imbalance, hidden, ffn))
+    _, _, hidden, ffn = min(candidates)
+    return Plan(family, config, hidden, ffn)
+
+
+def _parameter_count(family: Family, config: Config) -> Callable[[int, int], int]:
+    """Parameters as a function of the two widths, from one pass over the family's table."""
+    plan = Plan(family, config, config["hidden_size"], config["intermediate_size"])
+    fixed: dict[tuple[int, int], int] = {}
+    for planned in plan.weights:
+        axes = [axis.value for axis in planned.weight.axes]
+        powers = (axes.count("residual"), axes.count("ffn"))
+        rest = math.prod(
+            size for axis, size in zip(axes, planned.base_shape, strict=True) if axis not in ("residual", "ffn")
+        )
+        fixed[powers] = fixed.get(powers, 0) + rest
+    return lambda hidden, ffn: sum(rest * hidden**h * ffn**f for (h, f), rest in fixed.items())

@@ -1,0 +1,103 @@
+"""Safetensors files whose header is written first and whose tensors are filled in place, in any order and in pieces."""
+
+import json
+import math
+import mmap
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from pcscale.common.files import publish, said_plainly, temporary_beside
+from pcscale.storage.reader import DTYPE_NAMES
+
+TensorShape = tuple[torch.dtype, tuple[int, ...]]
+
+
+class ShardWriter:
+    """A safetensors file being written; its name appears when the block ends well.
+
+    The space is reserved before the first byte, so a full disk is an error at the start and never a crash in the middle.
+    Tensors are written by copying into `writer[name]`, a view of the mapped file: none of it is anonymous memory.
+
+    Args:
+        path: the file to be.
+        tensors: dtype and shape by name, in file order.
+        metadata: strings for the header.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorShape], metadata: dict[str, str] | None = None) -> None:
+        self.path = path
+        self._temporary = temporary_beside(path)
+        self._tensors = tensors
+        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+        offset = 0
+        self._offsets: dict[str, int] = {}
+        for name, (dtype, shape) in tensors.items():
+            num_bytes = dtype.itemsize * math.prod(shape)
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + num_bytes],
+            }
+            self._offsets[name] = offset
+            offset += num_bytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        self.num_bytes = len(self._header) + offset
+
+    def __enter__(self) -> "ShardWriter":
+        with said_plainly(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                os.posix_fallocate(self._handle, 0, self.num_bytes)
+                self._map = mmap.mmap(self._handle, self.num_bytes)
+            except BaseException:
+                self._discard()
+                raise
+        self._map[: len(self._header)] = self._header
+        return self
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor as a view of the file, to be written into."""
+        dtype, shape = self._tensors[name]
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        start = len(self._header) + self._offsets[name]
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+
+    def data(self) -> memoryview:
+        """All bytes of the file."""
+        return memoryview(self._map)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        with said_plainly(self.path):
+            try:
+                os.fsync(self._handle)
+            except BaseException:
+                self._discard()
+                raise
+            os.close(self._handle)
+            publish(self._temporary, self.path)
+
+    def _discard(self) -> None:
+        os.close(self._handle)
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write whole tensors to one safetensors file, atomically."""
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with ShardWriter(path, shapes, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer[name].copy_(tensor)
