@@ -103,8 +103,8 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is not set and has no default. Add it."
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
-    if not key:
-        return f"{message}."
+    if not key or message.startswith("'"):
+        return f"{key}: {message}." if key else f"{message}."
     if problem["type"] in ("literal_error", "none_required") and key in ("report_to", *RunConfig.model_fields):
         message = f"this version takes only {message.removeprefix('Input should be ')}"
     return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}."

@@ -76,8 +76,8 @@ class RunConfig(BaseModel):
     """How channels are scored: by activations on calibration text, by weight magnitude, or at random (with `seed`)."""
     calibration_tokens: Count = Field(default=262_144, json_schema_extra=_MODEL)
     """Tokens of training text that activation scores are taken on. Units: tokens."""
-    trust_remote_code: Literal[False] = Field(default=False, json_schema_extra=_MODEL)
-    """Only stock model classes are run; code that comes with a checkpoint never is."""
+    trust_remote_code: bool = Field(default=False, json_schema_extra=_MODEL)
+    """Let a tokenizer run code that comes with the base. Models are always stock classes."""
 
     data: DataConfig = Field(json_schema_extra=_DATA)
     """Training and held-out text: `data.train`, `data.validation`."""
@@ -146,6 +146,13 @@ class RunConfig(BaseModel):
     """Largest file of the merged model. Units: bytes."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default=[], json_schema_extra=_OUTPUT)
     """Trackers that get every step's metrics too; each needs its own package."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("report_to"), str):
+            return {**values, "report_to": [] if values["report_to"] == "none" else [values["report_to"]]}
+        return values
 
     @model_validator(mode="after")
     def _one_way_to_say_the_size(self) -> "RunConfig":
