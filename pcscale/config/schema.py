@@ -30,7 +30,9 @@ def _theme(name: str) -> dict[str, Any]:
     return {"theme": name}
 
 
-_MODEL, _DATA, _TRAINING, _MEMORY, _OUTPUT = (_theme(name) for name in ("model", "data", "training", "memory", "output"))
+_MODEL, _DATA, _TRAINING, _MEMORY, _OUTPUT = (
+    _theme(name) for name in ("model", "data", "training", "memory", "output")
+)
 
 
 class DataConfig(BaseModel):

@@ -4,6 +4,8 @@ They share one skeleton; what differs is which biases and which norms inside att
 To add a family: docs/add_a_family.md.
 """
 
+from collections.abc import Callable
+
 from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VOCAB, Axis
 from pcscale.families.spec import Condition, Config, Family, Kind, WeightSpec, is_tied
 
@@ -75,7 +77,11 @@ def _heads(config: Config) -> int:
 
 
 def _decoder(
-    name: str, examples: str, extra: tuple[WeightSpec, ...] = (), hidden_multiple: Condition | None = None
+    name: str,
+    examples: str,
+    extra: tuple[WeightSpec, ...] = (),
+    hidden_multiple: Callable[[Config], int] = _any_width,
+    stated: tuple[str, ...] = (),
 ) -> Family:
     return Family(
         name=name,
@@ -85,7 +91,8 @@ def _decoder(
         before=_BEFORE,
         layer=_LAYER + extra,
         after=_AFTER,
-        hidden_multiple=hidden_multiple or _any_width,
+        hidden_multiple=hidden_multiple,
+        stated=stated,
     )
 
 
@@ -98,6 +105,11 @@ LLAMA = _decoder(
     # The config class refuses a hidden size that the head count does not divide, even with head_dim set.
     hidden_multiple=_heads,
 )
-MISTRAL = _decoder("mistral", "Mistral 7B")
-QWEN2 = _decoder("qwen2", "Qwen2 and Qwen2.5", _attention_biases(None, o_proj=None))
-QWEN3 = _decoder("qwen3", "Qwen3", _HEAD_NORMS + _attention_biases(_ATTENTION_BIAS, o_proj=_ATTENTION_BIAS))
+MISTRAL = _decoder("mistral", "Mistral 7B", stated=("num_key_value_heads",))
+QWEN2 = _decoder("qwen2", "Qwen2 and Qwen2.5", _attention_biases(None, o_proj=None), stated=("num_key_value_heads",))
+QWEN3 = _decoder(
+    "qwen3",
+    "Qwen3",
+    _HEAD_NORMS + _attention_biases(_ATTENTION_BIAS, o_proj=_ATTENTION_BIAS),
+    stated=("num_key_value_heads", "head_dim"),
+)

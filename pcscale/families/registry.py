@@ -27,5 +27,5 @@ def family_of(config: Config, where: str) -> Family:
         raise RequestError(f"{where}: model_type {model_type!r} is not supported. Supported: {supported()}.")
     if config.get("quantization_config"):
         raise RequestError(f"{where}: the weights are quantised. Use the checkpoint in its full precision.")
-    check_config(config, where)
+    check_config(config, where, family.stated)
     return family

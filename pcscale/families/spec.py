@@ -73,6 +73,8 @@ class Family:
     """Weights used after the last layer."""
     hidden_multiple: Callable[[Config], int]
     """What the config class demands hidden_size to be divisible by."""
+    stated: tuple[str, ...] = ()
+    """Sizes that config.json must state: for an absent one the config class has a fixed number of its own."""
 
     def weights(self, config: Config) -> Iterator[Weight]:
         """Every tensor of a model with this config, once, in the order in which a forward pass needs them."""
@@ -115,9 +117,9 @@ _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
-def check_config(config: Config, where: str) -> None:
+def check_config(config: Config, where: str, stated: tuple[str, ...] = ()) -> None:
     """Refuse a config whose sizes are absent or no positive whole numbers."""
-    for key in _REQUIRED + tuple(key for key in _OPTIONAL if config.get(key) is not None):
+    for key in _REQUIRED + stated + tuple(key for key in _OPTIONAL if config.get(key) is not None):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise RequestError(f"{where}: {key} is {value!r}, expected a positive whole number. Restore config.json.")

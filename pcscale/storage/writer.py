@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 
 from pcscale.common.files import publish, said_plainly, temporary_beside
+from pcscale.storage.hashing import fingerprint
 from pcscale.storage.reader import DTYPE_NAMES
 
 TensorShape = tuple[torch.dtype, tuple[int, ...]]
@@ -95,9 +96,10 @@ class ShardWriter:
         self._temporary.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write whole tensors to one safetensors file, atomically."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write whole tensors to one safetensors file, atomically; returns the file's fingerprint."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with ShardWriter(path, shapes, metadata) as writer:
         for name, tensor in tensors.items():
             writer[name].copy_(tensor)
+        return fingerprint(writer.data())

@@ -1,0 +1,168 @@
+"""The base model layer-major: all batches go through layer k before layer k+1 is read.
+
+Each weight is read once per pass, not once per batch; hidden states wait on the host. Masks and rotary embeddings are
+captured from the stock model's own forward, never rebuilt here.
+
+Legend: B batch, T tokens of a sequence, H residual size, V vocabulary, N = tokens of a batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pcscale.base.mapped import MappedBase
+from pcscale.common.console import console
+from pcscale.families.spec import Kind
+from pcscale.families.stock import decoder_of, empty_model
+
+HIDDEN_BUDGET_BYTES = 512 * 2**20
+"""Hidden states that may wait on the host in one pass; more batches than fit take another pass."""
+LOGIT_BLOCK_VALUES = 2**23
+"""Logits of one batch that exist at a time."""
+
+_LayerArguments = list[dict[str, Any]]
+
+
+class LayerMajorModel:
+    """The stock base model with at most one layer's weights in memory.
+
+    Args:
+        base: the frozen base.
+        device: where layers run.
+        dtype: what they run in.
+    """
+
+    def __init__(self, base: MappedBase, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.base = base
+        self.device = device
+        self.dtype = dtype
+        self.skeleton = empty_model(base.config).to(dtype=dtype)
+        self.decoder = decoder_of(self.skeleton)
+        self.layers = [
+            self.skeleton.get_submodule(base.family.layer_prefix.format(layer=layer).rstrip("."))
+            for layer in range(base.num_layers)
+        ]
+        by_kind = {weight.kind: weight for weight in base.weights if weight.layer is None}
+        self._embedding = by_kind[Kind.EMBEDDING]
+        self._norm = by_kind[Kind.NORM]
+        self._head = by_kind.get(Kind.HEAD, self._embedding)
+        self._arguments: dict[tuple[int, ...], _LayerArguments] = {}
+
+    def module(self, name: str) -> nn.Module:
+        """The stock module of that dotted name, for hooks."""
+        return self.skeleton.get_submodule(name)
+
+    @torch.no_grad()
+    def hidden_states(self, batches: list[torch.Tensor], label: str) -> Iterator[list[torch.Tensor]]:
+        """Run token batches `[B, T]` through the whole model but its head.
+
+        Yields, for each group of batches whose hidden states fit the host's budget, their final states `[B, T, H]`
+        after the last norm, in the order of the batches.
+        """
+        tokens = sum(batch.numel() for batch in batches)
+        with console.progress(label, tokens * self.base.num_layers, "token layers") as progress:
+            for group in self._groups(batches):
+                hidden = [self._embed(batch) for batch in group]
+                for layer, module in enumerate(self.layers):
+                    self.base.prefetch(self.base.layer_names(layer + 1 if layer + 1 < self.base.num_layers else None))
+                    with self._loaded(module, self.base.layer_names(layer), self._prefix(layer)):
+                        for position, (batch, hidden_BTH) in enumerate(zip(group, hidden, strict=True)):
+                            arguments = self._arguments[tuple(batch.shape)][layer]
+                            hidden[position] = module(hidden_BTH.to(self.device), **arguments).to("cpu")
+                            progress.advance(batch.numel(), f"layer {layer + 1}/{self.base.num_layers}")
+                norm = self.module(self._norm.module)
+                with self._loaded(norm, [self._norm.name], f"{self._norm.module}."):
+                    hidden = [norm(hidden_BTH.to(self.device)).to("cpu") for hidden_BTH in hidden]
+                yield hidden
+
+    @torch.no_grad()
+    def losses(self, batches: list[torch.Tensor], label: str) -> torch.Tensor:
+        """Next-token losses in nats, `[sequences, T - 1]` float32, of token batches `[B, T]`."""
+        losses: list[torch.Tensor] = []
+        for hidden in self.hidden_states(batches, label):
+            group = batches[len(losses) : len(losses) + len(hidden)]
+            losses += self._head_losses(hidden, [batch_BT.long() for batch_BT in group])
+        return torch.cat(losses)
+
+    def _head_losses(self, hidden: list[torch.Tensor], batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Cross entropy with the head in row blocks: neither the head nor any logits exist whole."""
+        head_VH = self.base.tensor(self._head.name)
+        targets = [batch_BT[:, 1:].to(self.device) for batch_BT in batches]
+        log_sums = [torch.full(target_BT.shape, -torch.inf, device=self.device) for target_BT in targets]
+        picked = [torch.zeros(target_BT.shape, device=self.device) for target_BT in targets]
+        rows = max(1, LOGIT_BLOCK_VALUES // max(target_BT.numel() for target_BT in targets))
+        for first in range(0, len(head_VH), rows):
+            block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
+            for hidden_BTH, target_BT, log_sum_BT, picked_BT in zip(hidden, targets, log_sums, picked, strict=True):
+                logits_BTV = F.linear(hidden_BTH[:, :-1].to(self.device), block_VH).float()
+                torch.logaddexp(log_sum_BT, logits_BTV.logsumexp(-1), out=log_sum_BT)
+                row_BT = target_BT - first
+                inside_BT = (row_BT >= 0) & (row_BT < len(block_VH))
+                value_BT = logits_BTV.gather(-1, row_BT.clamp(0, len(block_VH) - 1)[..., None])[..., 0]
+                picked_BT.copy_(torch.where(inside_BT, value_BT, picked_BT))
+        return [(log_sum_BT - picked_BT).cpu() for log_sum_BT, picked_BT in zip(log_sums, picked, strict=True)]
+
+    def _prefix(self, layer: int) -> str:
+        return self.base.family.layer_prefix.format(layer=layer)
+
+    def _groups(self, batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        item_bytes = self.base.config["hidden_size"] * self.dtype.itemsize
+        group: list[torch.Tensor] = []
+        for batch in batches:
+            if group and (sum(b.numel() for b in group) + batch.numel()) * item_bytes > HIDDEN_BUDGET_BYTES:
+                yield group
+                group = []
+            group.append(batch)
+        if group:
+            yield group
+
+    def _embed(self, batch_BT: torch.Tensor) -> torch.Tensor:
+        """The first layer's input, and, for a new shape, what the stock forward hands to every layer."""
+        arguments: _LayerArguments = []
+
+        def capture(hidden_BTH: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
+            assert not positional, "stock decoders pass their layers named arguments"
+            arguments.append(named)
+            return hidden_BTH
+
+        norm = self.module(self._norm.module)
+        embedding = self.module(self._embedding.module)
+        replaced = [*self.layers, norm]
+        try:
+            for module in self.layers:
+                module.forward = capture
+            norm.forward = lambda hidden_BTH: hidden_BTH
+            # A lookup touches only its own rows, so the mapped table is used as it lies.
+            embedding.forward = lambda ids: F.embedding(ids, self.base.tensor(self._embedding.name)).to(
+                self.device, self.dtype
+            )
+            hidden_BTH = self.decoder(input_ids=batch_BT.long(), use_cache=False).last_hidden_state
+        finally:
+            for module in (*replaced, embedding):
+                del module.forward
+        self._arguments[tuple(batch_BT.shape)] = [
+            {key: _to(value, self.device) for key, value in named.items()} for named in arguments
+        ]
+        return hidden_BTH.to("cpu")
+
+    @contextmanager
+    def _loaded(self, module: nn.Module, names: list[str], prefix: str) -> Iterator[None]:
+        """Give a module its weights for the time of the block."""
+        tensors = {name.removeprefix(prefix): self.base.tensor(name).to(self.device, self.dtype) for name in names}
+        module.load_state_dict(tensors, strict=True, assign=True)
+        try:
+            yield
+        finally:
+            module.to_empty(device="meta")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(part, device) for part in value)
+    return value

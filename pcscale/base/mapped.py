@@ -1,0 +1,91 @@
+"""The frozen base, straight from its safetensors files: mapped, checked when first read, never held."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pcscale.base.checks import read_base_entries
+from pcscale.base.resolve import BaseFolder
+from pcscale.common.errors import RequestError
+from pcscale.families.hf_config import read_config
+from pcscale.families.registry import family_of
+from pcscale.storage.hashing import fingerprint
+from pcscale.storage.reader import TensorReader
+
+
+class MappedBase:
+    """A base checkpoint whose weights are read from disk as they are needed.
+
+    Every tensor is checked when it is first read: it must be finite, and equal to what the run began with where that
+    is known (`expected`). Checking in passing costs no second pass over the files.
+
+    Args:
+        source: the checkpoint folder and what the user calls it.
+        expected: fingerprints by tensor name that the base must have.
+
+    Raises:
+        RequestError: the folder is no usable checkpoint of a supported family.
+
+    Memory: file-backed only.
+    """
+
+    def __init__(self, source: BaseFolder, expected: Mapping[str, str] | None = None) -> None:
+        self.folder: Path = source.folder
+        self.name = source.name
+        self.revision = source.revision
+        self.config = read_config(self.folder)
+        self.family = family_of(self.config, str(self.folder / "config.json"))
+        self.weights = tuple(self.family.weights(self.config))
+        self._reader = TensorReader(read_base_entries(self.folder, self.family, self.config))
+        self._expected = dict(expected or {})
+        self.fingerprints: dict[str, str] = {}
+        """By tensor name, of the tensors read so far."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    def dtype(self, name: str) -> str:
+        """The stored dtype, in the safetensors format's spelling."""
+        return self._reader.entries[name].dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A read-only view of one base weight on the host, in its stored dtype.
+
+        Raises:
+            RequestError: the weight is not finite, or not the one that the run began with.
+        """
+        tensor = self._reader.tensor(name)
+        if name not in self.fingerprints:
+            self._check(name, tensor)
+        return tensor
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        found = fingerprint(self._reader.data(name))
+        expected = self._expected.get(name)
+        if expected is not None and expected != found:
+            raise RequestError(
+                f"{self._reader.entries[name].file}: {name} is not the weight this checkpoint was trained on "
+                f"(fingerprint {found[:12]}…, expected {expected[:12]}…). Use the same base and revision."
+            )
+        # A matching fingerprint was finite when it was taken. The smallest and largest entry show any NaN or infinity.
+        if expected is None and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+            raise RequestError(
+                f"{self._reader.entries[name].file}: {name} holds NaN or infinity. Fetch or copy the file again."
+            )
+        self.fingerprints[name] = found
+
+    def layer_names(self, layer: int | None) -> list[str]:
+        """The tensors of one layer; of None, those outside the layers."""
+        return [weight.name for weight in self.weights if weight.layer == layer]
+
+    def prefetch(self, names: list[str]) -> None:
+        """Have the operating system read these tensors ahead; returns at once."""
+        self._reader.prefetch(names)
+
+    def check_all(self) -> dict[str, str]:
+        """Read what has not been read yet; returns every tensor's fingerprint."""
+        for weight in self.weights:
+            self.tensor(weight.name)
+        return self.fingerprints

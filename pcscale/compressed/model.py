@@ -1,0 +1,33 @@
+"""The compressed model: a stock transformers model at its new sizes."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pcscale.families.plan import Plan
+from pcscale.families.stock import empty_model, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def build_compressed(
+    plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> "PreTrainedModel":
+    """The stock model with the given weights, copied to the device.
+
+    Args:
+        plan: its sizes.
+        tensors: every weight by name, in its compressed shape.
+
+    Returns:
+        The model in training mode; with dtype bfloat16 its gradients accumulate in float32 where torch can.
+    """
+    model = empty_model(plan.config)
+    fill(model, {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()})
+    model.to(device)  # Buffers, such as rotary frequencies.
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+        if dtype != torch.float32 and hasattr(parameter, "grad_dtype"):
+            parameter.grad_dtype = torch.float32
+    return model.train()

@@ -1,0 +1,52 @@
+"""Which sequences a step sees: a pure function of the step, so the data position needs no state of its own.
+
+Shapes: N train sequences, B sequences in a micro batch, T tokens in a sequence.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pcscale.storage.hashing import fingerprint
+
+
+@lru_cache(maxsize=1)
+def sequence_order(num_sequences: int, seed: int, epoch: int) -> Tensor:
+    """The order of the sequences in one epoch, int64 `[N]`; read only, since the last one is kept.
+
+    Args:
+        num_sequences: N.
+        seed: the run's.
+        epoch: counted from 0.
+    """
+    # torch seeds its host generator with the low 32 bits alone, so seed and epoch are mixed into all of them.
+    mixed = int(fingerprint(f"{seed} {epoch}".encode())[:16], 16)
+    return torch.randperm(num_sequences, generator=torch.Generator().manual_seed(mixed))
+
+
+def step_batches(train_NT: Tensor, step: int, sequences_per_step: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """The micro batches of one optimizer step.
+
+    The run's k-th sequence is number k mod N of epoch k div N, and step s sees those from (s - 1) × sequences_per_step
+    on. So runs with equal sequences_per_step see the same sequences in the same order, however they are batched.
+
+    Args:
+        train_NT: token ids, `[N, T]`.
+        step: counted from 1.
+        sequences_per_step: micro batch times accumulation.
+        batch_size: B; the last batch is smaller where it does not divide sequences_per_step.
+        seed: the run's.
+
+    Returns:
+        int64 tensors `[B, T]`, on the host.
+    """
+    num_sequences = len(train_NT)
+    first, end = (step - 1) * sequences_per_step, step * sequences_per_step
+    for start in range(first, end, batch_size):
+        rows_B = [
+            sequence_order(num_sequences, seed, k // num_sequences)[k % num_sequences]
+            for k in range(start, min(start + batch_size, end))
+        ]
+        yield train_NT[torch.stack(rows_B)].long()

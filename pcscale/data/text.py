@@ -1,0 +1,189 @@
+"""Documents, streamed one at a time from files, globs or a Hub data set, through the `datasets` library.
+
+What a source looks like decides what it is: an existing path, a glob sign or a known extension make it a file.
+"""
+
+import glob
+import gzip
+import json
+import logging
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pcscale.common.errors import RequestError
+
+_GLOB_SIGN = re.compile(r"[*?\[]")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_BROKEN_FILE = (ValueError, OSError, EOFError, NotImplementedError, zlib.error)
+# A row group may hold a gigabyte of text; so many rows at a time are enough for speed.
+_PARQUET_ROWS = 256
+
+
+def documents(sources: list[str]) -> Iterator[str]:
+    """Every document of the sources, in their order; the files of a glob are sorted by name. Empty ones are skipped.
+
+    A `.txt` file is one document; a `.jsonl` or `.json` file has one in the field `text` of each object, a `.parquet`
+    file one in each row of its column `text`. Each may be gzipped. A Hub data set is read from its split `train`.
+
+    Args:
+        sources: files, globs, or Hub data set ids (`owner/name` or `owner/name:config`).
+
+    Raises:
+        RequestError: a source is missing, unreachable, broken, of an unknown kind, or has no `text`.
+
+    Memory: one file's text where the file is one document; otherwise some megabytes.
+    """
+    found = [(source, _files(source)) for source in sources]
+    # datasets leaves a lock file for each source in its cache, even when it streams: this cache goes away again.
+    with tempfile.TemporaryDirectory(prefix="pcscale-text-") as scratch:
+        for source, files in found:
+            if files is None:
+                yield from _texts(_hub_rows(source), f"The Hub data set {source}")
+            else:
+                for file in files:
+                    yield from _texts(_file_rows(file, Path(scratch)), str(file))
+
+
+def describe(sources: list[str]) -> list[dict[str, str | int]]:
+    """What a token cache is keyed by: each file's path, size and time of change; of a Hub data set its name.
+
+    Raises:
+        RequestError: a source is missing or of an unknown kind.
+    """
+    descriptions: list[dict[str, str | int]] = []
+    for source in sources:
+        files = _files(source)
+        if files is None:
+            descriptions.append({"hub": source})
+            continue
+        for file in files:
+            status = file.stat()
+            descriptions.append({"path": str(file), "bytes": status.st_size, "changed_ns": status.st_mtime_ns})
+    return descriptions
+
+
+def _files(source: str) -> list[Path] | None:
+    """The files that a source stands for, all of a known kind; None: it is a Hub data set."""
+    path = Path(source)
+    if path.is_dir():
+        raise RequestError(f"{source} is a folder, and text comes from files. Write {source.rstrip('/')}/*.txt.")
+    if path.exists():
+        files = [path]
+    elif _GLOB_SIGN.search(source):
+        files = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207
+        if not files:
+            raise RequestError(f"{source} matches no file. Correct the pattern.")
+    elif _extension(path) not in _READERS and _HUB_ID.fullmatch(source):
+        return None
+    else:
+        raise RequestError(f"{source} does not exist. Name a file, a glob or a Hub data set (owner/name).")
+    for file in files:
+        if _extension(file) not in _READERS:
+            known = ", ".join(_READERS)
+            raise RequestError(f"{file} is of an unknown kind. Known are {known}, each also with .gz after it.")
+    return files
+
+
+def _extension(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).suffix
+
+
+def _texts(rows: Iterator[Any], where: str) -> Iterator[str]:
+    """The text of every row, without the empty ones."""
+    for row in rows:
+        if not isinstance(row, dict):
+            raise RequestError(f"{where} holds a {type(row).__name__}, expected objects with a field `text`.")
+        if "text" not in row:
+            raise RequestError(f"{where} has no column `text`, only {', '.join(row)}. Rename the one with the text.")
+        text = row["text"]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise RequestError(f"{where} has a {type(text).__name__} in `text`, expected a string. Correct the file.")
+        if text and not text.isspace():
+            yield text
+
+
+def _load(name: str, **options: Any) -> Any:
+    """A streaming data set. Progress and errors are ours to show, so the library shows neither."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets.load_dataset(name, split="train", streaming=True, **options)
+
+
+def _hub_rows(source: str) -> Iterator[Any]:
+    name, _, config = source.partition(":")
+    try:
+        yield from _load(name, name=config or None)
+    except Exception as error:
+        raise RequestError(
+            f"The Hub data set {source} cannot be read ({_reason(error)}). "
+            "Check its name and the network; there is no file of this name either."
+        ) from error
+
+
+def _file_rows(file: Path, scratch: Path) -> Iterator[Any]:
+    try:
+        yield from _READERS[_extension(file)](file, scratch)
+    except RequestError:
+        raise
+    except _BROKEN_FILE as error:
+        raise RequestError(f"{file} cannot be read ({_reason(error)}). Restore the file or leave it out.") from error
+
+
+def _reason(error: Exception) -> str:
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"
+
+
+def _load_file(builder: str, file: Path, scratch: Path, **options: Any) -> Any:
+    path = glob.escape(str(file.absolute()))
+    return _load(builder, data_files=[path], cache_dir=str(scratch / "cache"), **options)
+
+
+def _text_rows(file: Path, scratch: Path) -> Iterator[Any]:
+    yield from _load_file("text", file, scratch, sample_by="document")
+
+
+def _json_rows(file: Path, scratch: Path) -> Iterator[Any]:
+    # Not the builder "json": it infers a type for every column, fails where a later one differs, and turns dates in
+    # `text` into numbers.
+    lines = (row["text"] for row in _load_file("text", file, scratch))
+    for number, line in enumerate(lines, start=1):
+        if number == 1 and line.lstrip().startswith("["):
+            yield from json.loads("\n".join([line, *lines]))
+        elif line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            yield row
+
+
+def _parquet_rows(file: Path, scratch: Path) -> Iterator[Any]:
+    if file.suffix == ".gz":
+        # Parquet is read from its end, which a gzip stream has no way to.
+        plain = scratch / "plain.parquet"
+        with gzip.open(file) as packed, plain.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked)
+        file = plain
+    columns = _load_file("parquet", file, scratch).column_names
+    if "text" not in columns:
+        yield dict.fromkeys(columns)  # for the error that names them
+        return
+    yield from _load_file("parquet", file, scratch, columns=["text"], batch_size=_PARQUET_ROWS)
+
+
+_READERS: dict[str, Callable[[Path, Path], Iterator[Any]]] = {
+    ".txt": _text_rows,
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+}

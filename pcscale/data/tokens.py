@@ -1,0 +1,240 @@
+"""Text to packed token sequences, kept in one mapped file of the run folder.
+
+Shapes: N train sequences, M held-out sequences, T tokens in a sequence; `tokens_N` is flat, N tokens.
+"""
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError
+from pcscale.config.schema import RunConfig
+from pcscale.data.text import describe, documents
+from pcscale.storage.hashing import fingerprint
+from pcscale.storage.index import read_header
+from pcscale.storage.reader import TensorReader
+from pcscale.storage.writer import write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENS_NAME = "tokens.safetensors"
+_PIECE_CHARACTERS = 1_000_000
+_PIECE_TOKENS = 262_144
+# Where a long document may be cut, best first, and how many of these characters stay on the left. A space goes with
+# the word that follows it, as tokenizers have it.
+_CUTS = (("\n\n", 2), ("\n", 1), (" ", 0))
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """Packed sequences of token ids, int32, on the host. Memory: file-backed."""
+
+    train_NT: Tensor
+    validation_MT: Tensor
+    fingerprint: str  # of both, shapes and ids: 128 bits in hexadecimal
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer whose files lie in `folder`. Nothing is fetched.
+
+    Raises:
+        RequestError: its files are missing or unreadable, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise RequestError(
+            f"{folder}: the tokenizer files are missing or unreadable ({type(error).__name__}: {reason}). "
+            "Copy tokenizer.json and tokenizer_config.json of the base there."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise RequestError(
+            f"{folder}: the tokenizer has no EOS token, and one ends every document. "
+            "Set eos_token in tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def tokenize(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", limit: int) -> Tensor:
+    """Every document's tokens followed by EOS, one after the other; no other special token is added.
+
+    Args:
+        documents: read only as far as `limit` needs.
+        tokenizer: one with an EOS token.
+        limit: at most so many tokens; the last document may be cut by it.
+
+    Returns:
+        int32 `[N]`, N ≤ limit.
+
+    Memory: 4 bytes a token, and the tokenizer's for a piece of a million characters.
+    """
+    tokens = array("i")
+    with console.progress("tokenise", total=limit, unit="tokens") as progress:
+        for ids in _token_lists(documents, tokenizer):
+            ids = ids[: limit - len(tokens)]
+            tokens.extend(ids)
+            progress.advance(len(ids))
+            if len(tokens) == limit:
+                break
+    return torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.empty(0, dtype=torch.int32)
+
+
+def _token_lists(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+    for document in documents:
+        for piece in _pieces(document):
+            # Not verbose: a document may be longer than the model's context, it is cut into sequences afterwards.
+            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        yield [tokenizer.eos_token_id]
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """The document in pieces of bounded length, cut where it shows least; joined they are the document."""
+    start = 0
+    while len(document) - start > _PIECE_CHARACTERS:
+        limit = start + _PIECE_CHARACTERS
+        cuts = ((document.rfind(sign, start + 1, limit), kept) for sign, kept in _CUTS)
+        end = next((position + kept for position, kept in cuts if position >= 0), limit)
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def count_text_bytes(tokens_N: Tensor, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """UTF-8 bytes of the text that these tokens stand for, what bits per byte are counted against.
+
+    Documents are decoded one by one, as they were tokenised, and special tokens stand for no text.
+
+    Args:
+        tokens_N: integers, `[N]`, documents ended by EOS.
+        tokenizer: the one that made them.
+    """
+    document_ends = (tokens_N == tokenizer.eos_token_id).nonzero().flatten() + 1
+    num_bytes = 0
+    for document_tokens in torch.tensor_split(tokens_N, document_ends.tolist()):
+        for piece in document_tokens.split(_PIECE_TOKENS):
+            text = tokenizer.decode(piece.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            num_bytes += len(str(text).encode())
+    return num_bytes
+
+
+def prepare_tokens(
+    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path, train_sequences: int, vocab_size: int
+) -> TokenSets:
+    """The run's train and held-out sequences, from `folder/tokens.safetensors` where it was made of the same things.
+
+    Text is read as far as the run can use it. Held out are at most `eval_tokens` (but one sequence at least), from
+    `data.validation`; where that is absent, from the end of what was read of `data.train`, at most a tenth of it.
+
+    Args:
+        config: the settings; `data`, `sequence_length` and `eval_tokens` matter here.
+        tokenizer: the base's.
+        folder: the run folder, where the file is kept.
+        train_sequences: the most that the run can see without repeating one.
+        vocab_size: the model's; every token id is below it.
+
+    Raises:
+        RequestError: a source cannot be read, holds too little text, or a token id is outside the vocabulary.
+    """
+    file = folder / TOKENS_NAME
+    key = _key(config, tokenizer, train_sequences, vocab_size)
+    if _stored_key(file) != key:
+        train_NT, validation_MT = _make_sequences(config, tokenizer, train_sequences, vocab_size)
+        write_tensors(file, {"train": train_NT, "validation": validation_MT}, {"key": key})
+    return _read(file)
+
+
+def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", train_sequences: int, vocab_size: int) -> str:
+    """What the sequences are made of, as a hash."""
+    if tokenizer.is_fast:
+        identity = tokenizer.backend_tokenizer.to_str()  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        identity = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    validation = config.data.validation
+    parts = [
+        describe(config.data.train),
+        None if validation is None else describe(validation),
+        config.sequence_length,
+        config.eval_tokens,
+        train_sequences,
+        vocab_size,
+        tokenizer.eos_token_id,
+        identity,
+    ]
+    return fingerprint(json.dumps(parts, sort_keys=True).encode())
+
+
+def _stored_key(file: Path) -> str | None:
+    """The key of the file that is there; None: there is none that can be used."""
+    try:
+        return read_header(file)[1].get("key")
+    except RequestError:
+        return None
+
+
+def _read(file: Path) -> TokenSets:
+    reader = TensorReader(read_header(file)[0])
+    tensors = {name: reader.tensor(name) for name in ("train", "validation")}
+    parts = [[name, list(tensor.shape), fingerprint(reader.data(name))] for name, tensor in tensors.items()]
+    reader.close()
+    return TokenSets(tensors["train"], tensors["validation"], fingerprint(json.dumps(parts).encode()))
+
+
+def _make_sequences(
+    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", train_sequences: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    train, validation, length = config.data.train, config.data.validation, config.sequence_length
+    held_out = max(1, config.eval_tokens // length)
+    if validation is None:
+        # A ninth on top of train is a tenth of the whole.
+        held_out = min(held_out, max(1, train_sequences // 9))
+        tokens_N = _tokens_of("data.train", train, tokenizer, (train_sequences + held_out) * length, vocab_size)
+        if len(tokens_N) < 2 * length:
+            raise RequestError(
+                f"data.train holds {len(tokens_N)} tokens, and two sequences, one of them held out, need {2 * length}. "
+                "Give more text, or set data.validation, or a smaller sequence_length."
+            )
+        sequences_NT = _packed(tokens_N, length)
+        held_out = min(held_out, max(1, len(sequences_NT) // 10))
+        return sequences_NT[:-held_out], sequences_NT[-held_out:]
+    sets = []
+    for setting, sources, count in (("data.train", train, train_sequences), ("data.validation", validation, held_out)):
+        tokens_N = _tokens_of(setting, sources, tokenizer, count * length, vocab_size)
+        if len(tokens_N) < length:
+            raise RequestError(
+                f"{setting} holds {len(tokens_N)} tokens, and one sequence needs {length}. "
+                "Give more text or set a smaller sequence_length."
+            )
+        sets.append(_packed(tokens_N, length))
+    return sets[0], sets[1]
+
+
+def _tokens_of(
+    setting: str, sources: list[str], tokenizer: "PreTrainedTokenizerBase", limit: int, vocab_size: int
+) -> Tensor:
+    tokens_N = tokenize(documents(sources), tokenizer, limit)
+    if not len(tokens_N):
+        raise RequestError(f"{setting}: {', '.join(sources)} holds no text. Name files that do.")
+    largest = int(tokens_N.max())
+    if largest >= vocab_size:
+        raise RequestError(
+            f"{setting}: the tokenizer gives token {largest}, the model's vocabulary ends at {vocab_size - 1}. "
+            "Use the tokenizer that came with the base."
+        )
+    return tokens_N
+
+
+def _packed(tokens_N: Tensor, length: int) -> Tensor:
+    """Full sequences `[N, T]`; the ragged tail is dropped."""
+    count = len(tokens_N) // length
+    return tokens_N[: count * length].view(count, length)

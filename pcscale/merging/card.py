@@ -1,0 +1,74 @@
+"""The model card of a merged model: what it was made from, how, and how well it did."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pcscale.checkpoint.manifest import Manifest
+from pcscale.common.files import read_json, write_text
+from pcscale.common.units import format_count
+
+TRAINER_NAME = "trainer.json"
+
+
+def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Path) -> None:
+    """Write README.md with the Hub's front matter: base_model, licence, tags.
+
+    Args:
+        checkpoint: its trainer.json, where there is one, gives data, losses and settings.
+    """
+    trainer = read_json(checkpoint / TRAINER_NAME) if (checkpoint / TRAINER_NAME).exists() else {}
+    plan = manifest.plan
+    front: dict[str, Any] = {
+        "base_model": manifest.base_name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pcscale", "projected-compression" if manifest.method == "projected" else "pruned"],
+    }
+    licence = base_licence(base_folder)
+    if licence:
+        front["license"] = licence
+    method = "Projected Compression" if manifest.method == "projected" else "hard pruning and retraining"
+    lines = [
+        f"# {Path(manifest.base_name).name} at {plan.keep_fraction:.1%} of its parameters",
+        "",
+        f"Compressed with pcscale by {method}. An ordinary `{plan.config.get('architectures', ['model'])[0]}`: "
+        "it needs no extra code.",
+        "",
+        "| | base | this model |",
+        "|---|---|---|",
+        f"| parameters | {format_count(plan.base_parameters)} | {format_count(plan.parameters)} |",
+        f"| hidden_size | {plan.base_config['hidden_size']} | {plan.hidden_size} |",
+        f"| intermediate_size | {plan.base_config['intermediate_size']} | {plan.intermediate_size} |",
+        "",
+        f"- Base: {manifest.base_name}" + (f" at revision {manifest.base_revision}" if manifest.base_revision else ""),
+        f"- Kept share of the base's real parameter count: {plan.keep_fraction:.4f}",
+        f"- Optimizer steps: {manifest.step}",
+    ]
+    settings = trainer.get("settings")
+    if settings:
+        lines.append(f"- Data: {', '.join(settings['data']['train'])}")
+        lines.append(f"- Tokens: {trainer['tokens']:,}")
+    for key, label in (("loss", "Training loss at the last step"), ("eval_loss", "Held-out loss when last evaluated")):
+        if trainer.get(key) is not None:
+            lines.append(f"- {label}: {trainer[key]:.4f} nats a token")
+    if settings:
+        lines += ["", "## run.yaml", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).rstrip(), "```"]
+    header = yaml.safe_dump(front, sort_keys=False).rstrip()
+    write_text(path, f"---\n{header}\n---\n\n" + "\n".join(lines) + "\n")
+
+
+def base_licence(folder: Path) -> str | None:
+    """The licence that the base's own card names; None where it names none."""
+    card = folder / "README.md"
+    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    if not match:
+        return None
+    try:
+        front = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        return None
+    licence = front.get("license") if isinstance(front, dict) else None
+    return licence if isinstance(licence, str) else None

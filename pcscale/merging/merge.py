@@ -1,0 +1,266 @@
+"""Merging: a checkpoint and the base's shards into an ordinary Hugging Face checkpoint, one matrix at a time.
+
+The output is built in a hidden folder beside its place and gets its name when it is whole; a killed merge goes on from
+its finished shards with `resume`. Neither a GPU nor transformers is needed.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
+from pcscale.common.console import console
+from pcscale.common.errors import BudgetError, RequestError, RunError
+from pcscale.common.files import publish, read_json, said_plainly, sync_folder, temporary_beside, write_json
+from pcscale.common.units import format_bytes
+from pcscale.families.hf_config import CONFIG_NAME
+from pcscale.families.plan import Plan, PlannedWeight
+from pcscale.importance.select import KeptIndices
+from pcscale.memory.tracker import AnonymousPeak
+from pcscale.merging.blocks import blocks, compose_into, need_bytes
+from pcscale.merging.card import write_card
+from pcscale.merging.layout import Shard, lay_out, tensor_bytes
+from pcscale.projection.algebra import Projection
+from pcscale.projection.persist import direct_name, read_kept
+from pcscale.projection.record import kept_sides
+from pcscale.storage.hashing import fingerprint_file
+from pcscale.storage.index import INDEX_NAME, SINGLE_NAME, read_header
+from pcscale.storage.reader import TORCH_DTYPES, TensorReader
+from pcscale.storage.writer import ShardWriter
+
+INTERPRETER_BYTES = 300 * 2**20
+"""What Python and its libraries may take beside `max_memory`."""
+PROGRESS_NAME = "merge_progress.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIDECARS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Files of the base that belong to the compressed model as well."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge did. Units: bytes, seconds."""
+
+    output: str
+    tensors: int
+    bytes_written: int
+    shards: int
+    seconds: float
+    peak_anonymous_bytes: int
+    max_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the merged weights come from."""
+
+    checkpoint: Path
+    manifest: Manifest
+    plan: Plan
+    base: MappedBase
+    kept: KeptIndices
+    outer: TensorReader
+
+
+def merge(
+    checkpoint: Path,
+    open_base: Callable[[dict[str, str]], MappedBase],
+    output: Path,
+    max_shard_bytes: int,
+    max_memory_bytes: int,
+    dtype: str | None = None,
+    resume: bool = False,
+    replace: bool = False,
+) -> MergeResult:
+    """Write the compressed model as a stock checkpoint folder.
+
+    Args:
+        checkpoint: a step-… folder.
+        open_base: gives the base that must have these fingerprints.
+        output: the folder to be; new or empty unless `replace`.
+        max_memory_bytes: cap on anonymous memory, the interpreter's 300 MiB aside. It changes no byte of the output.
+        dtype: of every tensor; None: each keeps its base weight's.
+        resume: go on from the finished shards of an earlier merge into the same folder.
+
+    Raises:
+        RequestError: no such checkpoint, another base, an output that holds something, a file that was changed.
+        BudgetError: the cap is below one block's need.
+        RunError: the disk is full.
+    """
+    started = time.monotonic()
+    manifest = Manifest.read(checkpoint)
+    plan = manifest.plan
+    least = max(need_bytes(planned) for planned in plan.weights)
+    if max_memory_bytes < least:
+        raise BudgetError(
+            f"max_memory {format_bytes(max_memory_bytes)} is too small: one block of the largest matrix takes "
+            f"{format_bytes(least)}. Give at least {least} bytes."
+        )
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"{output} is a file. Name a new folder.")
+    if output.is_dir() and any(output.iterdir()) and not replace:
+        raise RequestError(f"{output} already holds {next(output.iterdir()).name}. Name a new folder or empty it.")
+    with AnonymousPeak() as peak:
+        base = open_base(manifest.base_fingerprints)
+        if base.config != manifest.base_config:
+            raise RequestError(
+                f"{base.folder / CONFIG_NAME} is not the config this checkpoint was trained on. "
+                f"Use the base {manifest.base_name}."
+            )
+        outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
+        source = _Source(checkpoint, manifest, plan, base, read_kept(checkpoint, manifest), outer)
+        dtypes = _output_dtypes(source, dtype)
+        bytes_written = _write_folder(source, output, dtypes, max_shard_bytes, resume)
+    return MergeResult(
+        output=str(output),
+        tensors=len(plan.weights),
+        bytes_written=bytes_written,
+        shards=len(lay_out(plan, dtypes, max_shard_bytes)),
+        seconds=time.monotonic() - started,
+        peak_anonymous_bytes=peak.peak_bytes,
+        max_memory_bytes=max_memory_bytes,
+    )
+
+
+def _output_dtypes(source: _Source, dtype: str | None) -> dict[str, torch.dtype]:
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype} is not known. Use one of {', '.join(DTYPES)}.")
+    return {
+        planned.name: DTYPES[dtype] if dtype else TORCH_DTYPES[source.base.dtype(planned.name)]
+        for planned in source.plan.weights
+    }
+
+
+def _write_folder(
+    source: _Source, output: Path, dtypes: dict[str, torch.dtype], max_shard_bytes: int, resume: bool
+) -> int:
+    staging = temporary_beside(output)
+    shards = lay_out(source.plan, dtypes, max_shard_bytes)
+    key = {
+        "checkpoint": source.manifest.files,
+        "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
+        "shards": [shard.name for shard in shards],
+    }
+    with said_plainly(output):
+        done = _finished_shards(staging, key) if resume else {}
+        if not done:
+            shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True, exist_ok=True)
+        needed = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
+        needed -= sum((staging / name).stat().st_size for name in done)
+        free = shutil.disk_usage(staging).free
+        if free < needed:
+            staging.rmdir() if not any(staging.iterdir()) else None
+            raise RunError(
+                f"{output}: the disk has {format_bytes(free)} free, the merged model takes {format_bytes(needed)}."
+            )
+        total = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
+        with console.progress("merge", total / 2**20, "MiB") as progress:
+            for shard in shards:
+                if shard.name not in done:
+                    _write_shard(source, staging / shard.name, shard, dtypes, progress.advance)
+                    done[shard.name] = fingerprint_file(staging / shard.name)
+                    write_json(staging / PROGRESS_NAME, {"key": key, "done": done})
+                else:
+                    progress.advance(sum(tensor_bytes(planned, dtypes) for planned in shard.weights) / 2**20)
+        bytes_written = sum((staging / shard.name).stat().st_size for shard in shards)
+        _write_sidecars(source, staging, shards, dtypes)
+        (staging / PROGRESS_NAME).unlink()
+        sync_folder(staging)
+        _publish_folder(staging, output)
+    return bytes_written
+
+
+def _finished_shards(staging: Path, key: dict[str, object]) -> dict[str, str]:
+    """The shards that an interrupted merge of the same things left whole."""
+    if not (staging / PROGRESS_NAME).exists():
+        return {}
+    progress = read_json(staging / PROGRESS_NAME)
+    if progress.get("key") != key:
+        return {}
+    return {
+        name: expected
+        for name, expected in progress["done"].items()
+        if (staging / name).is_file() and fingerprint_file(staging / name) == expected
+    }
+
+
+def _write_shard(
+    source: _Source,
+    path: Path,
+    shard: Shard,
+    dtypes: dict[str, torch.dtype],
+    advance: Callable[[float, str], None],
+) -> None:
+    shapes = {planned.name: (dtypes[planned.name], planned.shape) for planned in shard.weights}
+    with ShardWriter(path, shapes, {"format": "pt"}) as writer:
+        for position, planned in enumerate(shard.weights):
+            source.base.prefetch([following.name for following in shard.weights[position + 1 : position + 2]])
+            if record_file(planned.name) in source.manifest.files:
+                _compose(source, planned, writer[planned.name])
+            else:
+                value = source.outer.tensor(direct_name(planned.name))
+                for rows in blocks(len(value)):
+                    writer[planned.name][rows] = value[rows].to(dtypes[planned.name])
+            advance(tensor_bytes(planned, dtypes) / 2**20, planned.name)
+
+
+def _compose(source: _Source, planned: PlannedWeight, out_oi: torch.Tensor) -> None:
+    path = source.manifest.file(source.checkpoint, record_file(planned.name))
+    record = TensorReader(read_header(path)[0])
+    values = {name: record.tensor(name) for name in ("delta_out", "delta_in", "aux") if name in record.entries}
+    kept_out, kept_in = kept_sides(planned, source.kept)
+    projection = Projection(kept_out, values.get("delta_out"), kept_in, values.get("delta_in"), values["aux"])
+    compose_into(out_oi, source.base.tensor(planned.name), projection)
+    record.close()
+
+
+def _write_sidecars(source: _Source, staging: Path, shards: list[Shard], dtypes: dict[str, torch.dtype]) -> None:
+    """Everything beside the weights; the index, which makes the folder loadable, comes last."""
+    for pattern in SIDECARS:
+        for file in source.base.folder.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, staging / file.name)
+    config = dict(source.plan.config)
+    first = next(iter(dtypes.values()))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(first).removeprefix("torch.")
+    write_json(staging / CONFIG_NAME, config)
+    write_card(staging / "README.md", source.checkpoint, source.manifest, source.base.folder)
+    if shards[0].name != SINGLE_NAME:
+        total = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
+        weight_map = {planned.name: shard.name for shard in shards for planned in shard.weights}
+        write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _publish_folder(staging: Path, output: Path) -> None:
+    if output.exists() and any(output.iterdir()):
+        old = output.with_name(f"{staging.name}-old")
+        output.rename(old)
+        publish(staging, output)
+        shutil.rmtree(old)
+    else:
+        publish(staging, output)
+
+
+def result_document(result: MergeResult) -> dict[str, object]:
+    """The `--json` document."""
+    return dataclasses.asdict(result)

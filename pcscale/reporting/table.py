@@ -1,0 +1,87 @@
+"""Results as rows of text, for the page and for the terminal alike."""
+
+from typing import Any
+
+from pcscale.common.units import format_bytes, format_count, format_seconds
+
+Table = tuple[list[str], list[list[str]]]
+
+ABSENT = "–"
+MODELS = {"base": "base", "start": "hard-pruned start", "compressed": "compressed"}
+
+
+def comparison_rows(evaluation: dict[str, Any]) -> Table:
+    """Columns and rows that lay the base, the hard-pruned start and the compressed model side by side.
+
+    Args:
+        evaluation: evaluation.json; a model that is absent has no row, and without the base nothing is relative to it.
+    """
+    columns = ["model", "parameters", "share of base", "held-out loss (nats)", "difference to base (nats)"]
+    columns += ["perplexity", "bits per byte", "tokens/s"]
+    base = evaluation.get("base")
+    rows = []
+    for key, label in MODELS.items():
+        if model := evaluation.get(key):
+            share = f"{model['parameters'] / base['parameters']:.1%}" if base else ABSENT
+            difference = format_difference(model["loss"] - base["loss"]) if base else ABSENT
+            rows.append([label, format_count(model["parameters"]), share, f"{model['loss']:.4f}", difference])
+            rows[-1] += [_perplexity(model["perplexity"]), _bits(model["bits_per_byte"])]
+            rows[-1].append(f"{model['tokens_per_second']:,.0f}")
+    return columns, rows
+
+
+def phase_rows(phases: dict[str, Any]) -> Table:
+    """Columns and rows of time and peak memory, predicted beside measured.
+
+    Args:
+        phases: `phases` of report.json; device columns appear where a phase used one.
+    """
+    memories = {"host_anonymous": "host memory"}
+    if any(phase["device"] for phase in phases.values()):
+        memories["device"] = "device memory"
+    columns = ["phase", "time"]
+    for label in memories.values():
+        columns += [f"peak {label}", "predicted", "difference"]
+    rows = []
+    for name, phase in phases.items():
+        rows.append([name, ABSENT if phase["seconds"] is None else format_seconds(phase["seconds"])])
+        for key in memories:
+            rows[-1] += _memory_cells(phase[key])
+    return columns, rows
+
+
+def plan_rows(plan: dict[str, Any]) -> Table:
+    """What training was planned to hold and to compute."""
+    trainable = plan["trainable"]
+    rows = [
+        ["trainable parameters", format_count(trainable["parameters"])],
+        ["trainable state", format_bytes(trainable["bytes"])],
+    ]
+    rows += [[f"FLOPs, {name.replace('_', ' ')}", format_count(count)] for name, count in plan["flops"].items()]
+    return ["planned", ""], rows
+
+
+def memory_rows(plan: dict[str, Any]) -> Table:
+    """Where the plan puts each component, and how large it is."""
+    components = plan["memory"].items()
+    rows = [[name.replace("_", " "), part["home"], format_bytes(part["bytes"])] for name, part in components]
+    return ["component", "home", "predicted"], rows
+
+
+def format_difference(nats: float) -> str:
+    """Signed, so that a worse model never looks like a better one."""
+    return f"{nats:+.4f}"
+
+
+def _memory_cells(memory: dict[str, int | None] | None) -> list[str]:
+    predicted, measured = (memory[key] if memory else None for key in ("predicted_bytes", "measured_bytes"))
+    cells = [ABSENT if size_bytes is None else format_bytes(size_bytes) for size_bytes in (measured, predicted)]
+    return [*cells, f"{measured / predicted - 1:+.1%}" if measured is not None and predicted else ABSENT]
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _bits(value: float) -> str:
+    return f"{value:.4f}"
