@@ -17,7 +17,7 @@ from torch import nn
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.families.spec import Kind
-from pcscale.families.stock import decoder_of, empty_model
+from pcscale.families.stock import empty_model
 
 HIDDEN_BUDGET_BYTES = 512 * 2**20
 """Hidden states that may wait on the host in one pass; more batches than fit take another pass."""
@@ -40,8 +40,8 @@ class LayerMajorModel:
         self.base = base
         self.device = device
         self.dtype = dtype
-        self.skeleton = empty_model(base.config).to(dtype=dtype)
-        self.decoder = decoder_of(self.skeleton)
+        self.skeleton: nn.Module = empty_model(base.config)
+        self.decoder = self.skeleton.base_model
         self.layers = [
             self.skeleton.get_submodule(base.family.layer_prefix.format(layer=layer).rstrip("."))
             for layer in range(base.num_layers)

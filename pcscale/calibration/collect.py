@@ -28,9 +28,9 @@ def activation_scores(
 ) -> Scores:
     """Sums of absolute activations, and the residual stream's second moments.
 
-    Residual channels are scored by the outputs of every norm over the residual stream, all layers together; ffn channels
-    per layer by what enters the matrix that reads them. `second_moment.residual` `[H, H]` float32 is the mean of x xᵀ
-    over tokens and norms, with x a norm's input divided by its root mean square (each norm counts alike).
+    Residual channels are scored by the outputs of every norm over the residual stream, all layers together; ffn
+    channels per layer by what enters the matrix that reads them. `second_moment.residual` `[H, H]` float32 is the mean
+    of x xᵀ over tokens and norms, with x a norm's input divided by its root mean square (each norm counts alike).
 
     Source: method as published by Stefaniak et al., arXiv:2506.22255 (activation sums over about 8 M tokens).
     """
@@ -47,7 +47,10 @@ def activation_scores(
         moment_HH.addmm_(x_NH.T, x_NH)
 
     def watch_ffn(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda module, inputs: scores[name].add_(_absolute_sum(inputs[0]))
+        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            scores[name] += _absolute_sum(inputs[0])
+
+        return watch
 
     for weight in norms:
         model.module(weight.module).register_forward_hook(watch_norm)

@@ -9,8 +9,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json, write_json
-from pcscale.families.registry import family_of
 from pcscale.families.plan import Plan
+from pcscale.families.registry import family_of
 from pcscale.storage.hashing import fingerprint_file
 
 MANIFEST_NAME = "manifest.json"

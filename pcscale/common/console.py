@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from pcscale.common.units import format_seconds
 
@@ -40,34 +39,27 @@ class Task:
         return " · ".join(parts)
 
 
+def _standard_error() -> RichConsole:
+    return RichConsole(file=sys.stderr, soft_wrap=True, markup=False, highlight=False)
+
+
 class Console:
     """Messages and progress; `quiet` leaves only warnings and errors."""
 
     def __init__(self) -> None:
         self.quiet = True
-        self.rich = RichConsole(file=sys.stderr, soft_wrap=True, highlight=False)
+        self.rich = _standard_error()
 
     def configure(self, quiet: bool) -> None:
         self.quiet = quiet
-        self.rich = RichConsole(file=sys.stderr, soft_wrap=True, highlight=False)
+        self.rich = _standard_error()
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            self.rich.print(text, markup=False)
+            self.rich.print(text)
 
     def warn(self, text: str) -> None:
-        self.rich.print(f"warning: {text}", markup=False)
-
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
-        if self.quiet:
-            return
-        table = Table(title=title, title_justify="left")
-        for position, column in enumerate(columns):
-            table.add_column(column, justify="left" if position == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        # A file has no width of its own; a table cut to 80 columns would lose its figures.
-        self.rich.print(table, width=None if self.rich.is_terminal else 120)
+        self.rich.print(f"warning: {text}")
 
     @contextmanager
     def progress(self, label: str, total: float, unit: str) -> Iterator["Tracker"]:
@@ -77,7 +69,8 @@ class Console:
             tracker = Tracker(self, task, None)
             yield tracker
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        label_column = TextColumn("{task.description}", markup=False)
+        columns = (label_column, BarColumn(), TextColumn("{task.fields[text]}", markup=False))
         with Progress(*columns, console=self.rich, transient=True) as bar:
             bar.add_task(label, total=total, text="")
             yield Tracker(self, task, bar)

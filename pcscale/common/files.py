@@ -41,8 +41,15 @@ def temporary_beside(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a written and synced file or folder its name."""
-    temporary.replace(path)
+    """Give a written and synced file or folder its name; what had the name is replaced."""
+    if path.is_dir() and any(path.iterdir()):
+        old = temporary.with_name(f"{temporary.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)  # A folder that holds something cannot be replaced in one step.
+        temporary.rename(path)
+        shutil.rmtree(old)
+    else:
+        temporary.replace(path)
     sync_folder(path.parent)
 
 

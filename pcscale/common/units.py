@@ -20,7 +20,8 @@ def parse_bytes(text: str | int) -> int:
     size_bytes = 0
     if match and not (match[3] and not match[2]):
         factors = _BINARY_FACTORS if match[3] else _FACTORS
-        size_bytes = int(float(match[1]) * factors[match[2].lower()])
+        size = float(match[1]) * factors[match[2].lower()]
+        size_bytes = int(size) if math.isfinite(size) else 0
     if size_bytes <= 0 or isinstance(text, bool):
         raise RequestError(f"'{text}' is not a size. Write it like 5GB, 5GiB or 5000000000.")
     return size_bytes

@@ -1,9 +1,12 @@
 """The compressed model: a stock transformers model at its new sizes."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from pcscale.common.errors import RequestError
 from pcscale.families.plan import Plan
 from pcscale.families.stock import empty_model, fill
 
@@ -25,9 +28,28 @@ def build_compressed(
     """
     model = empty_model(plan.config)
     fill(model, {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()})
-    model.to(device)  # Buffers, such as rotary frequencies.
+    nn.Module.to(model, device)  # Buffers, such as rotary frequencies.
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         if dtype != torch.float32 and hasattr(parameter, "grad_dtype"):
             parameter.grad_dtype = torch.float32
     return model.train()
+
+
+def load_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+    """A checkpoint folder as users load it: stock transformers, nothing of pcscale.
+
+    Raises:
+        RequestError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        nn.Module.to(model, device)
+        return model.eval()
+    except Exception as error:  # transformers and safetensors raise many types.
+        reason = " ".join(str(error).split())[:300]
+        raise RequestError(f"{folder}: stock transformers cannot load it: {reason}") from None

@@ -18,7 +18,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
-    for key_node, _ in node.value:
+    scalars = (key_node for key_node, _ in node.value if isinstance(key_node, yaml.ScalarNode))
+    for key_node in scalars:  # The loader itself refuses lists and mappings as keys.
         if key_node.value in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key '{key_node.value}' stands twice", key_node.start_mark
@@ -33,7 +34,7 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # A ValueError: what looks like a date and is none.
         problem = " ".join(str(error).split())
         raise RequestError(f"{where} is not valid YAML: {problem}.") from None
 

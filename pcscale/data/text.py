@@ -97,31 +97,33 @@ def _texts(rows: Iterator[Any], where: str) -> Iterator[str]:
     """The text of every row, without the empty ones."""
     for row in rows:
         if not isinstance(row, dict):
-            raise RequestError(f"{where} holds a {type(row).__name__}, expected objects with a field `text`.")
+            raise RequestError(f"{where} holds {type(row).__name__}, expected objects with a field `text`. Correct it.")
         if "text" not in row:
             raise RequestError(f"{where} has no column `text`, only {', '.join(row)}. Rename the one with the text.")
         text = row["text"]
         if text is None:
             continue
         if not isinstance(text, str):
-            raise RequestError(f"{where} has a {type(text).__name__} in `text`, expected a string. Correct the file.")
+            raise RequestError(f"{where} has {type(text).__name__} in `text`, expected str. Correct it.")
         if text and not text.isspace():
             yield text
 
 
-def _load(name: str, **options: Any) -> Any:
+def _load(path: str, **options: Any) -> Any:
     """A streaming data set. Progress and errors are ours to show, so the library shows neither."""
-    import datasets
+    import datasets.config
 
+    # It counts each use with a web request, for local files too; without a network that waits for seconds.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
-    return datasets.load_dataset(name, split="train", streaming=True, **options)
+    return datasets.load_dataset(path, split="train", streaming=True, **options)
 
 
 def _hub_rows(source: str) -> Iterator[Any]:
-    name, _, config = source.partition(":")
+    path, _, config = source.partition(":")
     try:
-        yield from _load(name, name=config or None)
+        yield from _load(path, name=config or None)
     except Exception as error:
         raise RequestError(
             f"The Hub data set {source} cannot be read ({_reason(error)}). "
@@ -132,8 +134,6 @@ def _hub_rows(source: str) -> Iterator[Any]:
 def _file_rows(file: Path, scratch: Path) -> Iterator[Any]:
     try:
         yield from _READERS[_extension(file)](file, scratch)
-    except RequestError:
-        raise
     except _BROKEN_FILE as error:
         raise RequestError(f"{file} cannot be read ({_reason(error)}). Restore the file or leave it out.") from error
 

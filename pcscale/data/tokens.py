@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -90,12 +90,16 @@ def tokenize(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", lim
     return torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.empty(0, dtype=torch.int32)
 
 
+def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
+    return cast(int, tokenizer.eos_token_id)
+
+
 def _token_lists(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     for document in documents:
         for piece in _pieces(document):
             # Not verbose: a document may be longer than the model's context, it is cut into sequences afterwards.
             yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        yield [tokenizer.eos_token_id]
+        yield [_eos(tokenizer)]
 
 
 def _pieces(document: str) -> Iterator[str]:
@@ -119,13 +123,57 @@ def count_text_bytes(tokens_N: Tensor, tokenizer: "PreTrainedTokenizerBase") -> 
         tokens_N: integers, `[N]`, documents ended by EOS.
         tokenizer: the one that made them.
     """
-    document_ends = (tokens_N == tokenizer.eos_token_id).nonzero().flatten() + 1
+    document_ends = (tokens_N == _eos(tokenizer)).nonzero().flatten() + 1
     num_bytes = 0
     for document_tokens in torch.tensor_split(tokens_N, document_ends.tolist()):
         for piece in document_tokens.split(_PIECE_TOKENS):
             text = tokenizer.decode(piece.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
             num_bytes += len(str(text).encode())
     return num_bytes
+
+
+def read_sequences(
+    setting: str,
+    sources: list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    sequence_length: int,
+    count: int,
+    vocab_size: int,
+    least: int = 1,
+) -> Tensor:
+    """The first sequences of the sources, packed; text is read only as far as they need.
+
+    Args:
+        setting: what the user calls the sources, for errors.
+        sources: as `documents` takes them.
+        tokenizer: one with an EOS token.
+        sequence_length: T.
+        count: at most so many sequences.
+        vocab_size: the model's; every token id is below it.
+        least: fewer are refused; 2 where the caller holds one of them out.
+
+    Returns:
+        int32 `[N, T]`, least ≤ N ≤ count; the ragged tail is dropped.
+
+    Raises:
+        RequestError: a source cannot be read or holds too little text, or a token id is outside the vocabulary.
+    """
+    tokens_N = tokenize(documents(sources), tokenizer, count * sequence_length)
+    if not len(tokens_N):
+        raise RequestError(f"{setting}: {', '.join(sources)} holds no text. Name files that do.")
+    if len(tokens_N) < least * sequence_length:
+        raise RequestError(
+            f"{setting} holds {len(tokens_N)} tokens, expected {least * sequence_length} at least: {least} × "
+            f"sequence_length{', one of them held out' * (least > 1)}. Give more text or set a smaller sequence_length."
+        )
+    largest = int(tokens_N.max())
+    if largest >= vocab_size:
+        raise RequestError(
+            f"{setting}: the tokenizer gives token {largest}, the model's vocabulary ends at {vocab_size - 1}. "
+            "Use the tokenizer that came with the base."
+        )
+    full = len(tokens_N) // sequence_length
+    return tokens_N[: full * sequence_length].view(full, sequence_length)
 
 
 def prepare_tokens(
@@ -156,22 +204,12 @@ def prepare_tokens(
 
 def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", train_sequences: int, vocab_size: int) -> str:
     """What the sequences are made of, as a hash."""
-    if tokenizer.is_fast:
-        identity = tokenizer.backend_tokenizer.to_str()  # pyright: ignore[reportAttributeAccessIssue]
-    else:
-        identity = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # absent: a slow tokenizer, written in Python
+    identity = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
     validation = config.data.validation
-    parts = [
-        describe(config.data.train),
-        None if validation is None else describe(validation),
-        config.sequence_length,
-        config.eval_tokens,
-        train_sequences,
-        vocab_size,
-        tokenizer.eos_token_id,
-        identity,
-    ]
-    return fingerprint(json.dumps(parts, sort_keys=True).encode())
+    sources = [describe(config.data.train), None if validation is None else describe(validation)]
+    sizes = [config.sequence_length, config.eval_tokens, train_sequences, vocab_size]
+    return fingerprint(json.dumps([sources, sizes, _eos(tokenizer), identity], sort_keys=True).encode())
 
 
 def _stored_key(file: Path) -> str | None:
@@ -195,46 +233,13 @@ def _make_sequences(
 ) -> tuple[Tensor, Tensor]:
     train, validation, length = config.data.train, config.data.validation, config.sequence_length
     held_out = max(1, config.eval_tokens // length)
-    if validation is None:
-        # A ninth on top of train is a tenth of the whole.
-        held_out = min(held_out, max(1, train_sequences // 9))
-        tokens_N = _tokens_of("data.train", train, tokenizer, (train_sequences + held_out) * length, vocab_size)
-        if len(tokens_N) < 2 * length:
-            raise RequestError(
-                f"data.train holds {len(tokens_N)} tokens, and two sequences, one of them held out, need {2 * length}. "
-                "Give more text, or set data.validation, or a smaller sequence_length."
-            )
-        sequences_NT = _packed(tokens_N, length)
-        held_out = min(held_out, max(1, len(sequences_NT) // 10))
-        return sequences_NT[:-held_out], sequences_NT[-held_out:]
-    sets = []
-    for setting, sources, count in (("data.train", train, train_sequences), ("data.validation", validation, held_out)):
-        tokens_N = _tokens_of(setting, sources, tokenizer, count * length, vocab_size)
-        if len(tokens_N) < length:
-            raise RequestError(
-                f"{setting} holds {len(tokens_N)} tokens, and one sequence needs {length}. "
-                "Give more text or set a smaller sequence_length."
-            )
-        sets.append(_packed(tokens_N, length))
-    return sets[0], sets[1]
-
-
-def _tokens_of(
-    setting: str, sources: list[str], tokenizer: "PreTrainedTokenizerBase", limit: int, vocab_size: int
-) -> Tensor:
-    tokens_N = tokenize(documents(sources), tokenizer, limit)
-    if not len(tokens_N):
-        raise RequestError(f"{setting}: {', '.join(sources)} holds no text. Name files that do.")
-    largest = int(tokens_N.max())
-    if largest >= vocab_size:
-        raise RequestError(
-            f"{setting}: the tokenizer gives token {largest}, the model's vocabulary ends at {vocab_size - 1}. "
-            "Use the tokenizer that came with the base."
+    if validation is not None:
+        return (
+            read_sequences("data.train", train, tokenizer, length, train_sequences, vocab_size),
+            read_sequences("data.validation", validation, tokenizer, length, held_out, vocab_size),
         )
-    return tokens_N
-
-
-def _packed(tokens_N: Tensor, length: int) -> Tensor:
-    """Full sequences `[N, T]`; the ragged tail is dropped."""
-    count = len(tokens_N) // length
-    return tokens_N[: count * length].view(count, length)
+    # A ninth on top of train is a tenth of the whole.
+    held_out = min(held_out, max(1, train_sequences // 9))
+    both_NT = read_sequences("data.train", train, tokenizer, length, train_sequences + held_out, vocab_size, least=2)
+    held_out = min(held_out, max(1, len(both_NT) // 10))
+    return both_NT[:-held_out], both_NT[-held_out:]

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from pcscale.common.errors import RequestError
 from pcscale.families.spec import Config
@@ -44,8 +43,3 @@ def fill(model: "PreTrainedModel", tensors: dict[str, torch.Tensor]) -> None:
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not missing, f"the family's table lacks {missing}"
-
-
-def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """The model without its head."""
-    return model.base_model

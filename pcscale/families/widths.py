@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable
 
 from pcscale.common.errors import RequestError
+from pcscale.config.schema import RunConfig
 from pcscale.families.plan import Plan
 from pcscale.families.spec import Config, Family
 
+DEFAULT_KEEP = 0.5
 KERNEL_MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 """Multiples that matrix kernels like, best first."""
 MAX_STEP_FRACTION = 0.05
@@ -19,6 +21,15 @@ def search_step(width: int, legal_multiple: int) -> int:
     """The step between the widths that a search considers: legal, and as kernel-friendly as 5 % allows."""
     steps = [math.lcm(legal_multiple, multiple) for multiple in KERNEL_MULTIPLES]
     return next((step for step in steps if step <= MAX_STEP_FRACTION * width), legal_multiple)
+
+
+def make_plan(family: Family, base_config: Config, config: RunConfig) -> Plan:
+    """The widths that the settings ask for, in whichever of the three ways; half of the parameters by default."""
+    if config.hidden_size is not None and config.intermediate_size is not None:
+        return plan_widths(family, base_config, config.hidden_size, config.intermediate_size)
+    if config.target_params is not None:
+        return plan_parameters(family, base_config, config.target_params, f"target_params {config.target_params:g}")
+    return plan_keep(family, base_config, DEFAULT_KEEP if config.keep is None else config.keep)
 
 
 def plan_widths(family: Family, config: Config, hidden_size: int, intermediate_size: int) -> Plan:

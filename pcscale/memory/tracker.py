@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
 _STATUS = Path("/proc/self/status")
+_CPU_INFO = Path("/proc/cpuinfo")
 _RSS_ANON = re.compile(rb"RssAnon:\s+(\d+) kB")
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process now: what no file backs (docs/decisions/0004). Elsewhere than Linux: all of it."""
+    """Anonymous memory of this process: what no file backs (docs/decisions/0004). Elsewhere than Linux: all of it."""
     if _STATUS.exists():
         match = _RSS_ANON.search(_STATUS.read_bytes())
         if match:
@@ -77,3 +79,19 @@ def measured(usage: dict[str, PhaseUsage], phase: str) -> Iterator[None]:
         entry.peak_host_anonymous_bytes = max(entry.peak_host_anonymous_bytes, peak.peak_bytes)
         if on_gpu:
             entry.peak_device_bytes = max(entry.peak_device_bytes or 0, torch.cuda.max_memory_allocated())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on. Units: bytes."""
+    import torch
+
+    model = "unknown"
+    if _CPU_INFO.exists():
+        match = re.search(r"model name\s*:\s*(.+)", _CPU_INFO.read_text())
+        model = match[1] if match else model
+    return {
+        "cpu": model,
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "memory_bytes": psutil.virtual_memory().total,
+    }

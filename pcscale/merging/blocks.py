@@ -9,29 +9,14 @@ from collections.abc import Iterator
 
 import torch
 
-from pcscale.families.plan import PlannedWeight
+from pcscale.memory.estimate import MERGE_BLOCK
 from pcscale.projection.algebra import Projection, out_side_first, project_in, project_out
 
-BLOCK = 1024
-"""Rows or columns of a block. Products in blocks of this size equal the whole product bit for bit where measured."""
 _COMPUTE = torch.float32
 
 
 def blocks(size: int) -> Iterator[slice]:
-    return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
-
-
-def need_bytes(planned: PlannedWeight) -> int:
-    """Anonymous memory that composing this weight takes at most."""
-    if not planned.is_matrix:
-        return 4 * _COMPUTE.itemsize * planned.base_shape[0]
-    O, I = planned.base_shape
-    rows, columns = min(O, BLOCK), min(I, BLOCK)
-    operands = [I * columns, O * columns, rows * I, rows * O]  # D_in, X (or Z), a block of W, D_out
-    if not (planned.projects_out and planned.projects_in):
-        operands = [I * columns, rows * I] if planned.projects_in else [O * columns, rows * O]
-    results = 4 * rows * columns  # the kept entries, the product, aux, and the sum
-    return _COMPUTE.itemsize * (sum(operands) + results)
+    return (slice(start, min(start + MERGE_BLOCK, size)) for start in range(0, size, MERGE_BLOCK))
 
 
 def compose_into(out_oi: torch.Tensor, W_OI: torch.Tensor, projection: Projection) -> None:

@@ -18,7 +18,7 @@ class Shard:
 
 
 def lay_out(plan: Plan, dtypes: dict[str, torch.dtype], max_shard_bytes: int) -> list[Shard]:
-    """Tensors in the order of the family's table, each file as full as the limit allows; a larger tensor stands alone."""
+    """Tensors in the order of the family's table, files as full as the limit allows; a larger tensor stands alone."""
     groups: list[list[PlannedWeight]] = []
     room = 0
     for planned in plan.weights:

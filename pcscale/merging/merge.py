@@ -22,8 +22,9 @@ from pcscale.common.units import format_bytes
 from pcscale.families.hf_config import CONFIG_NAME
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.importance.select import KeptIndices
+from pcscale.memory.estimate import merge_need_bytes
 from pcscale.memory.tracker import AnonymousPeak
-from pcscale.merging.blocks import blocks, compose_into, need_bytes
+from pcscale.merging.blocks import blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
 from pcscale.projection.algebra import Projection
@@ -108,7 +109,7 @@ def merge(
     started = time.monotonic()
     manifest = Manifest.read(checkpoint)
     plan = manifest.plan
-    least = max(need_bytes(planned) for planned in plan.weights)
+    least = merge_need_bytes(plan)
     if max_memory_bytes < least:
         raise BudgetError(
             f"max_memory {format_bytes(max_memory_bytes)} is too small: one block of the largest matrix takes "
@@ -185,7 +186,7 @@ def _write_folder(
         _write_sidecars(source, staging, shards, dtypes)
         (staging / PROGRESS_NAME).unlink()
         sync_folder(staging)
-        _publish_folder(staging, output)
+        publish(staging, output)
     return bytes_written
 
 
@@ -249,16 +250,6 @@ def _write_sidecars(source: _Source, staging: Path, shards: list[Shard], dtypes:
         total = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
         weight_map = {planned.name: shard.name for shard in shards for planned in shard.weights}
         write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _publish_folder(staging: Path, output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        old = output.with_name(f"{staging.name}-old")
-        output.rename(old)
-        publish(staging, output)
-        shutil.rmtree(old)
-    else:
-        publish(staging, output)
 
 
 def result_document(result: MergeResult) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """The mathematics of Projected Compression: pure functions of tensors, nothing else.
 
-A base weight `W_OI` is projected to `w_oi = p_out_oO @ W_OI @ p_in_Ii + aux_oi`. Both projections are kept in delta form,
+A base weight `W_OI` is projected to `w_oi = p_out_oO @ W_OI @ p_in_Ii + aux_oi`. Both projections are in delta form,
 `p = S + D` with S the fixed selection of the kept indices, so `W @ p_in = W[:, kept] + W @ D` and a zero D is exactly
 the hard-pruned weight, to the last bit.
 
@@ -86,7 +86,7 @@ def pull_back(
 ) -> Gradients:
     """The gradients of D_out, D_in and aux, given `G_oi`, the gradient of the compressed weight.
 
-    `dD_out = G (W p_in)ᵀ`, `dD_in = Wᵀ (p_outᵀ G)`, or, out side first, `dD_out = (G p_inᵀ) Wᵀ`, `dD_in = (p_out W)ᵀ G`;
+    `dD_out = G (W p_in)ᵀ`, `dD_in = Wᵀ (p_outᵀ G)`; out side first, `dD_out = (G p_inᵀ) Wᵀ`, `dD_in = (p_out W)ᵀ G`;
     `daux = G`, which is returned itself, not copied.
 
     Args:

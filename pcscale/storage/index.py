@@ -50,7 +50,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             start = handle.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             header_bytes = handle.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise RequestError(f"{file} is missing. Fetch or copy it again.") from None
     if size < 8 or (0 < length <= _MAX_HEADER_BYTES and len(header_bytes) < length):
         raise RequestError(f"{file} is truncated inside its header ({size} bytes). Fetch or copy it again.")
@@ -58,6 +58,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         header = json.loads(header_bytes)
         metadata = header.pop("__metadata__", {})
         entries = {name: _entry(name, file, fields, 8 + length) for name, fields in header.items()}
+    except RequestError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
         raise RequestError(f"{file} is not a safetensors file: its header cannot be read.") from None
     end = max((entry.start + entry.num_bytes for entry in entries.values()), default=8 + length)
@@ -68,8 +70,15 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def _entry(name: str, file: Path, fields: dict, data_start: int) -> TensorEntry:
     begin, end = fields["data_offsets"]
-    shape = tuple(int(size) for size in fields["shape"])
-    if begin < 0 or end - begin != math.prod(shape) * ITEM_BYTES[fields["dtype"]]:
+    shape = tuple(fields["shape"])
+    if any(not isinstance(number, int) or number < 0 for number in (begin, end, *shape)):
+        raise ValueError(name)
+    if fields["dtype"] not in ITEM_BYTES:
+        raise RequestError(
+            f"{file}: {name} has dtype {fields['dtype']}, expected one of {', '.join(ITEM_BYTES)}. "
+            "Use the checkpoint in its full precision."
+        )
+    if end - begin != math.prod(shape) * ITEM_BYTES[fields["dtype"]]:
         raise ValueError(name)
     return TensorEntry(name, file, fields["dtype"], shape, data_start + begin, end - begin)
 

@@ -20,7 +20,7 @@ TensorShape = tuple[torch.dtype, tuple[int, ...]]
 class ShardWriter:
     """A safetensors file being written; its name appears when the block ends well.
 
-    The space is reserved before the first byte, so a full disk is an error at the start and never a crash in the middle.
+    The space is reserved before the first byte, so a full disk is an error at the start, never a crash in the middle.
     Tensors are written by copying into `writer[name]`, a view of the mapped file: none of it is anonymous memory.
 
     Args:
@@ -85,11 +85,11 @@ class ShardWriter:
         with said_plainly(self.path):
             try:
                 os.fsync(self._handle)
+                publish(self._temporary, self.path)
             except BaseException:
                 self._discard()
                 raise
             os.close(self._handle)
-            publish(self._temporary, self.path)
 
     def _discard(self) -> None:
         os.close(self._handle)

@@ -1,0 +1,61 @@
+"""pcscale: Projected Compression of large language models to ordinary smaller ones.
+
+The public names below are what a training loop of one's own needs; everything else is behind the `pcscale` command.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pcscale.base.mapped import MappedBase
+    from pcscale.base.resolve import resolve_base
+    from pcscale.calibration.collect import collect_scores
+    from pcscale.compressed.model import build_compressed
+    from pcscale.families.widths import plan_keep, plan_parameters, plan_widths
+    from pcscale.importance.select import select
+    from pcscale.merging.merge import merge
+    from pcscale.projection.starts import selection_start
+    from pcscale.projection.sweep import ProjectedAdamW
+    from pcscale.training.state import save_state
+    from pcscale.training.trainer import ProjectionCallback
+
+__version__ = "0.1.0"
+
+# Imported when first used: `pcscale plan` needs neither torch nor transformers.
+_HOMES = {
+    "MappedBase": "pcscale.base.mapped",
+    "resolve_base": "pcscale.base.resolve",
+    "collect_scores": "pcscale.calibration.collect",
+    "build_compressed": "pcscale.compressed.model",
+    "plan_keep": "pcscale.families.widths",
+    "plan_parameters": "pcscale.families.widths",
+    "plan_widths": "pcscale.families.widths",
+    "select": "pcscale.importance.select",
+    "merge": "pcscale.merging.merge",
+    "selection_start": "pcscale.projection.starts",
+    "ProjectedAdamW": "pcscale.projection.sweep",
+    "save_state": "pcscale.training.state",
+    "ProjectionCallback": "pcscale.training.trainer",
+}
+__all__ = [
+    "MappedBase",
+    "ProjectedAdamW",
+    "ProjectionCallback",
+    "__version__",
+    "build_compressed",
+    "collect_scores",
+    "merge",
+    "plan_keep",
+    "plan_parameters",
+    "plan_widths",
+    "resolve_base",
+    "save_state",
+    "select",
+    "selection_start",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pcscale' has no attribute '{name}'")

@@ -1,0 +1,5 @@
+"""`python -m pcscale`."""
+
+from pcscale.cli.main import run
+
+run()

@@ -1,0 +1,43 @@
+"""`pcscale calibrate`: importance scores and second moments."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json
+
+
+@command
+def main(
+    base: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
+    data: Annotated[list[str], typer.Option(help="Text: files, globs or a Hub data set id; may be repeated.")],
+    output: Annotated[Path, typer.Option(help="The file to write, such as scores.safetensors.")],
+    importance: Annotated[str, typer.Option(help="activation, magnitude or random.")] = "activation",
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of text.")] = 262_144,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Score every channel of the base, reading each of its weights once."""
+    from pcscale.config.load import check_values
+    from pcscale.training.jobs import calibrate
+
+    values = {
+        "base": base,
+        "output": str(output),
+        "data": {"train": data},
+        "importance": importance,
+        "calibration_tokens": tokens,
+        "sequence_length": sequence_length,
+        "per_device_train_batch_size": batch_size,
+        "seed": seed,
+    }
+    result = calibrate(check_values(values, "calibrate"))
+    if json:
+        print_json(result)
+    else:
+        print(f"{output}: {result['importance']} scores from {result['tokens']:,} tokens")

@@ -1,0 +1,67 @@
+"""What every subcommand shares: its flags, its exit codes, and the one place where errors become text."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from pcscale.common.console import console
+from pcscale.common.errors import PcscaleError
+
+_OUTPUT = "Output"
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output.", rich_help_panel=_OUTPUT)
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="No progress and no messages.", rich_help_panel=_OUTPUT)]
+DebugFlag = Annotated[
+    bool, typer.Option("--debug", help="Show a traceback where something fails.", rich_help_panel=_OUTPUT)
+]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a subcommand the contract of all: quiet when told, errors in a line, the right exit code."""
+
+    @functools.wraps(function)
+    def wrapped(**arguments: Any) -> None:
+        console.configure(quiet=arguments.get("quiet", False))
+        try:
+            function(**arguments)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except Exception as error:
+            if arguments.get("debug") or isinstance(error, typer.Exit):
+                raise
+            if isinstance(error, PcscaleError):
+                _fail(str(error), error.exit_code)
+            reason = " ".join(str(error).split())[:300]
+            _fail(f"unexpected {type(error).__name__}: {reason} (--debug shows where)", 1)
+
+    return wrapped
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"pcscale: {message}", file=sys.stderr)
+    raise typer.Exit(exit_code)
+
+
+def print_json(document: Any) -> None:
+    """The one document of `--json`."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A result for people, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    output = Console(highlight=False)
+    # A file has no width of its own; a table cut to 80 columns would lose its figures.
+    output.print(table, width=None if output.is_terminal else 140)

@@ -1,0 +1,51 @@
+"""`pcscale merge`: a checkpoint into an ordinary Hugging Face folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json
+
+
+@command
+def main(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A step-… folder of a run, or a run folder (its last checkpoint).")
+    ],
+    base: Annotated[str, typer.Option(help="The base that the checkpoint was trained on: folder or Hub id.")],
+    output: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.", rich_help_panel="Size")] = "5GB",
+    max_memory: Annotated[
+        str, typer.Option(help="Cap on anonymous memory, beside 300 MiB of interpreter.", rich_help_panel="Size")
+    ] = "2GiB",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.", rich_help_panel="Size")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the finished shards of an interrupted merge.")] = False,
+    json: JsonFlag = False,
+    quiet: QuietFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Write the compressed model shard by shard, without ever holding a model."""
+    from pcscale.base.mapped import MappedBase
+    from pcscale.base.resolve import resolve_base
+    from pcscale.common.units import format_bytes, format_seconds, parse_bytes
+    from pcscale.merging.merge import merge, result_document
+
+    result = merge(
+        checkpoint,
+        lambda expected: MappedBase(resolve_base(base), expected),
+        output,
+        parse_bytes(max_shard_size),
+        parse_bytes(max_memory),
+        dtype,
+        resume,
+    )
+    if json:
+        print_json(result_document(result))
+    else:
+        print(
+            f"{output}: {result.tensors} tensors in {result.shards} files, {format_bytes(result.bytes_written)}, "
+            f"{format_seconds(result.seconds)}, peak anonymous memory {format_bytes(result.peak_anonymous_bytes)}"
+        )

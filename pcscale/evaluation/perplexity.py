@@ -1,0 +1,98 @@
+"""Held-out loss, perplexity and bits per byte of the base and of a compressed model, on the same tokens."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pcscale.base.forward import LayerMajorModel
+from pcscale.base.mapped import MappedBase
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError
+from pcscale.compressed.loss import NextTokenLoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts held-out text.
+
+    Attributes:
+        loss: mean next-token loss. Units: nats a token.
+        bits_per_byte: total loss over the text's UTF-8 bytes. Units: bits a byte.
+        tokens: tokens that were predicted.
+        parameters: the model's size, tied embeddings counted once.
+        tokens_per_second: of this evaluation.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    parameters: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out sequences `[M, T]`, and the UTF-8 bytes of the text that they predict."""
+
+    ids_MT: torch.Tensor
+    text_bytes: int
+
+    @property
+    def predicted_tokens(self) -> int:
+        return self.ids_MT.shape[0] * (self.ids_MT.shape[1] - 1)
+
+    def result(self, loss: float, parameters: int, seconds: float) -> Evaluation:
+        """Raises: RequestError: the loss is not finite."""
+        if not math.isfinite(loss):
+            raise RequestError(f"the held-out loss is {loss}: the model's outputs are not finite. Check its weights.")
+        return Evaluation(
+            loss=loss,
+            # A hopeless model's perplexity is past what a float holds.
+            perplexity=math.exp(min(loss, 700.0)),
+            bits_per_byte=loss * self.predicted_tokens / math.log(2) / max(self.text_bytes, 1),
+            tokens=self.predicted_tokens,
+            parameters=parameters,
+            tokens_per_second=self.predicted_tokens / max(seconds, 1e-9),
+        )
+
+
+def evaluate_base(
+    base: MappedBase, parameters: int, held_out: HeldOut, batch_size: int, device: torch.device, dtype: torch.dtype
+) -> Evaluation:
+    """The base's result, layer-major over its mapped weights. Memory: one layer and the waiting hidden states."""
+    started = time.monotonic()
+    batches = list(held_out.ids_MT.split(batch_size))
+    losses_MT = LayerMajorModel(base, device, dtype).losses(batches, "evaluate base")
+    return held_out.result(losses_MT.double().mean().item(), parameters, time.monotonic() - started)
+
+
+@torch.no_grad()
+def mean_loss(loss_module: NextTokenLoss, ids_MT: torch.Tensor, batch_size: int, label: str) -> float:
+    """The mean held-out loss of a model that is in memory. Its training mode is left as it was."""
+    was_training = loss_module.training
+    loss_module.eval()
+    device = next(loss_module.parameters()).device
+    total = 0.0
+    try:
+        with console.progress(label, ids_MT.numel(), "tokens") as progress:
+            for ids_BT in ids_MT.split(batch_size):
+                total += loss_module(ids_BT.long().to(device)).item() * len(ids_BT)
+                progress.advance(ids_BT.numel())
+    finally:
+        loss_module.train(was_training)
+    return total / len(ids_MT)
+
+
+def evaluate_model(model: "PreTrainedModel", held_out: HeldOut, batch_size: int, label: str) -> Evaluation:
+    """The result of a stock model that is in memory."""
+    started = time.monotonic()
+    loss = mean_loss(NextTokenLoss(model), held_out.ids_MT, batch_size, label)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return held_out.result(loss, parameters, time.monotonic() - started)

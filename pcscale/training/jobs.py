@@ -1,0 +1,112 @@
+"""The jobs behind `calibrate`, `evaluate` and `verify`: parts of the whole, each on its own."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.base.resolve import resolve_base
+from pcscale.calibration.collect import collect_scores, write_scores
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError
+from pcscale.compressed.model import load_stock
+from pcscale.config.load import check_values, read_values
+from pcscale.config.schema import RunConfig
+from pcscale.data.tokens import count_text_bytes, load_tokenizer, read_sequences
+from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
+from pcscale.families.hf_config import read_config
+from pcscale.families.plan import Plan
+from pcscale.memory.tracker import AnonymousPeak
+from pcscale.merging.verify import check_bytes, check_models
+from pcscale.training.folder import RunFolder
+from pcscale.training.pipeline import calibration_batches
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def calibrate(config: RunConfig) -> dict[str, Any]:
+    """Write the scores of a base into `config.output`; returns what was done."""
+    source = resolve_base(config.base)
+    base = MappedBase(source)
+    whole = Plan(base.family, base.config, base.config["hidden_size"], base.config["intermediate_size"])
+    batches: list[torch.Tensor] = []
+    if config.importance == "activation":
+        tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
+        count = max(1, config.calibration_tokens // config.sequence_length)
+        ids_NT = read_sequences("--data", config.data.train, tokenizer, config.sequence_length, count, _vocab(base))
+        batches = calibration_batches(ids_NT, config)
+    with AnonymousPeak() as peak:
+        scores = collect_scores(whole, base, config.importance, batches, config.seed, _device(), torch.float32)
+    tokens = sum(batch.numel() for batch in batches)
+    write_scores(Path(config.output), scores, config.importance, tokens)
+    return {
+        "output": config.output,
+        "importance": config.importance,
+        "tokens": tokens,
+        "scores": {name: list(score.shape) for name, score in scores.items()},
+        "peak_anonymous_bytes": peak.peak_bytes,
+    }
+
+
+def evaluate(model_folder: Path, base_name: str | None, config: RunConfig) -> dict[str, Any]:
+    """The held-out result of a checkpoint folder, with the base's under `base` where one is named.
+
+    Raises:
+        RequestError: the two do not share a vocabulary, so that their losses could not be compared.
+    """
+    model_config = read_config(model_folder)
+    base = MappedBase(resolve_base(base_name)) if base_name else None
+    vocab_size = model_config.get("vocab_size", 0)
+    if base and _vocab(base) != vocab_size:
+        raise RequestError(
+            f"{model_folder} has a vocabulary of {vocab_size}, {base_name} one of {_vocab(base)}. Name its own base."
+        )
+    tokenizer = load_tokenizer(model_folder, config.trust_remote_code)
+    count = max(1, config.eval_tokens // config.sequence_length)
+    ids_MT = read_sequences("--data", config.data.train, tokenizer, config.sequence_length, count, vocab_size)
+    held_out = HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), tokenizer))
+    batch = config.per_device_train_batch_size
+    model = load_stock(model_folder, _device(), torch.float32)
+    result: dict[str, Any] = asdict(evaluate_model(model, held_out, batch, "evaluate"))
+    if base:
+        whole = Plan(base.family, base.config, base.config["hidden_size"], base.config["intermediate_size"])
+        found = evaluate_base(base, whole.base_parameters, held_out, batch, _device(), torch.float32)
+        result["base"] = asdict(found)
+    return result
+
+
+def verify(run: Path) -> dict[str, Any]:
+    """Check what a run left behind against what it was made from.
+
+    Returns:
+        `passed`, and `rows` of (check, found, allowed).
+
+    Raises:
+        RequestError: no run, no checkpoint, or a changed file.
+    """
+    folder = RunFolder(run)
+    if not folder.settings.exists():
+        raise RequestError(f"{run} is not a run folder: it has no run.yaml.")
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is None:
+        raise RequestError(f"{run} has no checkpoint yet. Train first.")
+    config = check_values(read_values(folder.settings), str(folder.settings))
+    merged = folder.merged if folder.merged.exists() else None
+    if merged is None:
+        console.warn(f"{folder.merged} is not there yet: merged weights were not compared")
+    manifest, base, checks = check_bytes(checkpoint, lambda expected: MappedBase(resolve_base(config.base), expected))
+    checks += check_models(checkpoint, manifest, base, merged)
+    return {
+        "checkpoint": str(checkpoint),
+        "passed": all(check.passed for check in checks),
+        "checks": {check.name: {"found": check.found, "allowed": check.allowed} for check in checks},
+        "rows": [[check.name, f"{check.found:.3g}", f"{check.allowed:.3g}"] for check in checks],
+    }
+
+
+def _vocab(base: MappedBase) -> int:
+    return base.config["vocab_size"]

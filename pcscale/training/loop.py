@@ -1,0 +1,144 @@
+"""The training loop: steps, evaluation, metrics, checkpoints, and what to do when something goes wrong."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.common.console import console
+from pcscale.common.errors import Interrupted, RunError
+from pcscale.common.files import said_plainly
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.config.schema import RunConfig
+from pcscale.data.loader import step_batches
+from pcscale.evaluation.perplexity import mean_loss
+from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.folder import RunFolder
+from pcscale.training.interrupt import StopRequest
+from pcscale.training.schedule import rate_factor
+from pcscale.training.state import TrainingState, save_checkpoint
+from pcscale.training.step import training_step
+from pcscale.training.trackers import open_trackers
+
+
+@dataclass
+class Training:
+    """A run under way: what `train` works on."""
+
+    config: RunConfig
+    folder: RunFolder
+    base: MappedBase
+    loss_module: NextTokenLoss
+    optimizer: ProjectedAdamW
+    train_NT: torch.Tensor
+    validation_MT: torch.Tensor
+    state: TrainingState
+
+
+def train(training: Training) -> None:
+    """Take the steps that are left; the last one is checkpointed.
+
+    Raises:
+        Interrupted: the user asked to stop; a checkpoint was written.
+        RunError: too many steps in a row without finite loss or gradients, or a full disk.
+    """
+    config, state = training.config, training.state
+    with (
+        StopRequest() as stop,
+        open_trackers(config, training.folder.path) as trackers,
+        said_plainly(training.folder.metrics),
+        training.folder.metrics.open("a", encoding="utf-8") as metrics,
+        console.progress("train", (config.max_steps - state.step) * config.tokens_per_step, "tokens") as progress,
+    ):
+        while state.step < config.max_steps:
+            row = _take_step(training)
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            trackers.log(row)
+            progress.advance(config.tokens_per_step, _progress_note(row, config))
+            if state.step % config.logging_steps == 0 or "eval_loss" in row:
+                console.say(_describe(row, config))
+            _stop_if_hopeless(training)
+            last = state.step == config.max_steps
+            if last or stop.asked or state.step % config.save_steps == 0:
+                _save(training)
+            if stop.asked and not last:
+                raise Interrupted(
+                    f"interrupted after step {state.step}; checkpoint written. Go on with: "
+                    f"pcscale compress {training.folder.settings} --resume"
+                )
+
+
+def _take_step(training: Training) -> dict[str, Any]:
+    config, state = training.config, training.state
+    started = time.monotonic()
+    state.step += 1
+    factor = rate_factor(state.step, config.warmup_steps, config.max_steps)
+    for group in training.optimizer.param_groups:
+        group["lr"] = config.learning_rate * factor
+    batches = step_batches(
+        training.train_NT, state.step, config.sequences_per_step, config.per_device_train_batch_size, config.seed
+    )
+    result = training_step(
+        training.loss_module, training.optimizer, batches, config.gradient_accumulation_steps, config.max_grad_norm
+    )
+    state.tokens += config.tokens_per_step
+    state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
+    state.skipped += result.skipped
+    state.loss = None if result.skipped else result.loss
+    row: dict[str, Any] = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": state.loss,
+        "learning_rate": config.learning_rate * factor,
+        "grad_norm": None if result.skipped else result.grad_norm,
+        "seconds": time.monotonic() - started,
+    }
+    if result.skipped:
+        row["skipped"] = True
+    if state.step % config.eval_steps == 0 or state.step == config.max_steps:
+        state.eval_loss = evaluate_now(training)
+        row["eval_loss"] = state.eval_loss
+    return row
+
+
+def evaluate_now(training: Training) -> float:
+    """The held-out loss of the compressed model as it is."""
+    batch = training.config.per_device_train_batch_size
+    return mean_loss(training.loss_module, training.validation_MT, batch, "evaluate")
+
+
+def _save(training: Training) -> None:
+    folder = training.folder.checkpoint(training.state.step)
+    save_checkpoint(folder, training.state, training.optimizer, training.base, training.config)
+    training.folder.prune_checkpoints(training.config.keep_checkpoints)
+
+
+def _stop_if_hopeless(training: Training) -> None:
+    state = training.state
+    if state.skipped_in_row >= training.config.max_skipped_steps:
+        latest = training.folder.latest_checkpoint()
+        raise RunError(
+            f"loss or gradients were not finite in {state.skipped_in_row} steps in a row, up to step {state.step}. "
+            f"Last checkpoint: {latest or 'none'}. Lower learning_rate, or look at the data."
+        )
+
+
+def _progress_note(row: dict[str, Any], config: RunConfig) -> str:
+    loss = "skipped" if row["loss"] is None else f"loss {row['loss']:.4f}"
+    return f"step {row['step']}/{config.max_steps} · {loss}"
+
+
+def _describe(row: dict[str, Any], config: RunConfig) -> str:
+    parts = [f"step {row['step']}/{config.max_steps}"]
+    parts.append("skipped (not finite)" if row["loss"] is None else f"loss {row['loss']:.4f}")
+    if "eval_loss" in row:
+        parts.append(f"held-out {row['eval_loss']:.4f}")
+    parts.append(f"rate {row['learning_rate']:.3g}")
+    if row["grad_norm"] is not None:
+        parts.append(f"grad norm {row['grad_norm']:.3g}")
+    parts.append(f"{config.tokens_per_step / row['seconds']:.0f} tokens/s")
+    return " · ".join(parts)

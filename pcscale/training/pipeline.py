@@ -1,0 +1,257 @@
+"""The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder, each part once."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.calibration.collect import collect_scores, read_scores, write_scores
+from pcscale.checkpoint.manifest import Manifest
+from pcscale.common.console import console
+from pcscale.common.errors import BudgetError, RequestError
+from pcscale.common.files import read_json, write_json
+from pcscale.common.units import format_bytes, format_count, parse_bytes
+from pcscale.compressed.model import load_stock
+from pcscale.config.schema import RunConfig
+from pcscale.data.text import describe
+from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens
+from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
+from pcscale.importance.select import KeptIndices, select
+from pcscale.memory.estimate import merge_need_bytes, on_host_alone, plan_document
+from pcscale.memory.tracker import PhaseUsage, machine, measured
+from pcscale.merging.merge import merge
+from pcscale.projection.persist import read_kept
+from pcscale.reporting.report import write_report
+from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
+from pcscale.training.loop import Training, train
+from pcscale.training.setup import Setup, build_training_parts, prepare
+from pcscale.training.state import TrainingState, check_checkpoint, load_checkpoint
+from pcscale.training.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE_PROMPT_TOKENS = 24
+SAMPLE_NEW_TOKENS = 48
+
+
+def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Run the job that the settings describe.
+
+    Args:
+        resume: go on with the run in the output folder; where there is none, begin one.
+        dry_run: check base, data, widths and output, and return the plan; nothing is written.
+
+    Returns:
+        What report.json holds; with `dry_run` what plan.json would hold.
+
+    Raises:
+        RequestError: the request is wrong; found before anything is written where it can be.
+        BudgetError: the merge's cap is too small.
+        RunError: the run failed.
+        Interrupted: the user asked to stop.
+    """
+    check_trackers(config)
+    folder = RunFolder(Path(config.output).expanduser())
+    check_output(folder, config, resume)
+    checkpoint = folder.latest_checkpoint()
+    manifest = Manifest.read(checkpoint) if checkpoint else None
+    setup = prepare(config, manifest.base_fingerprints if manifest else None)
+    if manifest:
+        check_checkpoint(manifest, setup.plan, config.method, setup.base)
+    tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
+    for sources in (config.data.train, config.data.validation or []):
+        describe(sources)
+    document = plan_document(setup.plan, config, setup.base.name)
+    if setup.device.type == "cpu":
+        document = on_host_alone(document)
+    _check_merge_cap(setup, config)
+    if dry_run:
+        return document
+    run = _Run(config, open_run(config, resume), setup, tokenizer)
+    write_json(run.folder.plan, document)
+    _say_plan(document)
+    run.prepare_tokens()
+    kept = read_kept(checkpoint, manifest) if checkpoint and manifest else run.calibrate()
+    run.evaluate_base()
+    run.train(kept, checkpoint, manifest)
+    run.merge()
+    run.evaluate_merged()
+    return write_report(run.folder.path)
+
+
+def _check_merge_cap(setup: Setup, config: RunConfig) -> None:
+    """A cap that the last part cannot keep is refused before the first."""
+    least = merge_need_bytes(setup.plan)
+    if parse_bytes(config.max_memory) < least:
+        raise BudgetError(f"max_memory {config.max_memory} is too small for the merge: give at least {least} bytes.")
+
+
+def _say_plan(document: dict[str, Any]) -> None:
+    base, compressed = document["base"], document["compressed"]
+    host = max(peak["host_bytes"] for peak in document["peak"].values())
+    console.say(
+        f"{base['name']}: {format_count(base['parameters'])} → {format_count(compressed['parameters'])} parameters "
+        f"({compressed['keep_fraction']:.1%}), hidden {compressed['hidden_size']}, "
+        f"ffn {compressed['intermediate_size']}; predicted host peak {format_bytes(host)}"
+    )
+
+
+@dataclass
+class _Run:
+    """The parts of one job, each of which leaves its result in the run folder."""
+
+    config: RunConfig
+    folder: RunFolder
+    setup: Setup
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def __post_init__(self) -> None:
+        phases = read_json(self.folder.usage)["phases"] if self.folder.usage.exists() else {}
+        self.usage = {name: PhaseUsage(**values) for name, values in phases.items()}
+        self.tokens: TokenSets
+
+    def prepare_tokens(self) -> None:
+        config = self.config
+        wanted = max(config.max_steps * config.sequences_per_step, config.calibration_tokens // config.sequence_length)
+        vocab_size = self.setup.base.config["vocab_size"]
+        self.tokens = prepare_tokens(config, self.tokenizer, self.folder.path, wanted, vocab_size)
+        console.say(
+            f"data: {self.tokens.train_NT.numel():,} training tokens, "
+            f"{self.tokens.validation_MT.numel():,} held-out tokens"
+        )
+
+    def calibrate(self) -> KeptIndices:
+        config, setup = self.config, self.setup
+        if not self.folder.scores.exists():
+            with self._phase("calibrate"):
+                batches = calibration_batches(self.tokens.train_NT, config)
+                scores = collect_scores(
+                    setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
+                )
+                tokens = sum(batch.numel() for batch in batches) if config.importance == "activation" else 0
+                write_scores(self.folder.scores, scores, config.importance, tokens)
+        return select(setup.plan, read_scores(self.folder.scores))
+
+    @property
+    def held_out(self) -> HeldOut:
+        ids_MT = self.tokens.validation_MT
+        return HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), self.tokenizer))
+
+    def evaluate_base(self) -> None:
+        if "base" in self._evaluation():
+            return
+        setup, batch = self.setup, self.config.per_device_train_batch_size
+        with self._phase("evaluate"):
+            result = evaluate_base(
+                setup.base, setup.plan.base_parameters, self.held_out, batch, setup.device, setup.base_dtype
+            )
+        self._add_evaluation("base", asdict(result))
+        console.say(f"base: held-out loss {result.loss:.4f}")
+
+    def train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
+        config, setup = self.config, self.setup
+        if manifest and manifest.step >= config.max_steps:
+            console.say(f"training is complete at step {manifest.step}")
+            return
+        with self._phase("train"):
+            torch.manual_seed(config.seed)
+            loss_module, optimizer = build_training_parts(setup, config, kept)
+            state = TrainingState(data=self.tokens.fingerprint)
+            if "start" not in self._evaluation():
+                result = evaluate_model(
+                    loss_module.model, self.held_out, config.per_device_train_batch_size, "evaluate start"
+                )
+                self._add_evaluation("start", asdict(result))
+                console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
+            if checkpoint and manifest:
+                state = load_checkpoint(checkpoint, manifest, optimizer)
+                console.say(f"resuming at step {state.step}")
+                if state.data != self.tokens.fingerprint:
+                    raise RequestError(
+                        "the training or held-out text is not what this run began with (its fingerprint differs). "
+                        "Put the files back, or start a new run."
+                    )
+            cut_metrics(self.folder.metrics, state.step)
+            train(
+                Training(
+                    config=config,
+                    folder=self.folder,
+                    base=setup.base,
+                    loss_module=loss_module,
+                    optimizer=optimizer,
+                    train_NT=self.tokens.train_NT,
+                    validation_MT=self.tokens.validation_MT,
+                    state=state,
+                )
+            )
+            del loss_module, optimizer
+            gc.collect()
+
+    def merge(self) -> None:
+        config = self.config
+        checkpoint = self.folder.latest_checkpoint()
+        assert checkpoint is not None
+        done = read_json(self.folder.merge_result) if self.folder.merge_result.exists() else {}
+        if self.folder.merged.exists() and done.get("checkpoint") == checkpoint.name:
+            return
+        with self._phase("merge"):
+            result = merge(
+                checkpoint,
+                lambda expected: MappedBase(self.setup.source, expected),
+                self.folder.merged,
+                parse_bytes(config.max_shard_size),
+                parse_bytes(config.max_memory),
+                resume=True,
+                replace=True,
+            )
+        write_json(self.folder.merge_result, asdict(result) | {"checkpoint": checkpoint.name})
+
+    def evaluate_merged(self) -> None:
+        with self._phase("evaluate"):
+            model = load_stock(self.folder.merged, self.setup.device, self.setup.model_dtype)
+            batch = self.config.per_device_train_batch_size
+            result = evaluate_model(model, self.held_out, batch, "evaluate compressed")
+            self._add_evaluation("compressed", asdict(result))
+            prompt = self.tokens.validation_MT[0, :SAMPLE_PROMPT_TOKENS].long()[None].to(self.setup.device)
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=SAMPLE_NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+            written = output[0, prompt.shape[1] :]
+            sample = {
+                "prompt": self.tokenizer.decode(prompt[0], skip_special_tokens=True),
+                "compressed": self.tokenizer.decode(written, skip_special_tokens=True),
+            }
+            self._add_evaluation("sample", sample)
+
+    def _evaluation(self) -> dict[str, Any]:
+        return read_json(self.folder.evaluation) if self.folder.evaluation.exists() else {}
+
+    def _add_evaluation(self, name: str, result: dict[str, Any]) -> None:
+        write_json(self.folder.evaluation, self._evaluation() | {name: result})
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Measure the block and leave the figures in usage.json, also when it fails."""
+        try:
+            with measured(self.usage, name):
+                yield
+        finally:
+            phases = {name: asdict(usage) for name, usage in self.usage.items()}
+            write_json(self.folder.usage, {"phases": phases, "machine": machine()})
+
+
+def calibration_batches(train_NT: torch.Tensor, config: RunConfig) -> list[torch.Tensor]:
+    """Token batches `[B, T]`: sequences spread evenly over the training text, at most `calibration_tokens`."""
+    count = max(1, min(len(train_NT), config.calibration_tokens // config.sequence_length))
+    chosen = torch.linspace(0, len(train_NT) - 1, count).round().long()
+    return list(train_NT[chosen].split(config.per_device_train_batch_size))

@@ -1,0 +1,77 @@
+"""From settings to the things that a run works on: base, plan, device, start, optimizer."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.base.resolve import BaseFolder, resolve_base
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.compressed.model import build_compressed
+from pcscale.config.schema import RunConfig
+from pcscale.families.plan import Plan
+from pcscale.families.widths import make_plan
+from pcscale.importance.select import KeptIndices
+from pcscale.projection.starts import selection_start
+from pcscale.projection.sweep import ProjectedAdamW
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's base and plan, and where and in what precision it computes.
+
+    Attributes:
+        device: the first GPU, or the host's processor.
+        base_dtype: what the base's own forward runs in.
+        model_dtype: what the compressed model is held and run in.
+    """
+
+    source: BaseFolder
+    base: MappedBase
+    plan: Plan
+    device: torch.device
+    base_dtype: torch.dtype
+    model_dtype: torch.dtype
+
+
+def prepare(config: RunConfig, expected: dict[str, str] | None = None) -> Setup:
+    """Open the base and plan the compression; nothing is written and no weight is read.
+
+    Args:
+        expected: fingerprints that the base must have, from a checkpoint.
+    """
+    source = resolve_base(config.base)
+    base = MappedBase(source, expected)
+    on_gpu = torch.cuda.is_available()
+    return Setup(
+        source=source,
+        base=base,
+        plan=make_plan(base.family, base.config, config),
+        device=torch.device("cuda" if on_gpu else "cpu"),
+        # Without a GPU bfloat16 saves no time in the base's forward.
+        base_dtype=torch.bfloat16 if on_gpu and config.bf16 else torch.float32,
+        model_dtype=torch.bfloat16 if config.bf16 else torch.float32,
+    )
+
+
+def build_training_parts(setup: Setup, config: RunConfig, kept: KeptIndices) -> tuple[NextTokenLoss, ProjectedAdamW]:
+    """The compressed model at its start, with its loss, and the optimizer over it."""
+    start = selection_start(setup.plan, kept, setup.base.tensor)
+    model = build_compressed(setup.plan, start, setup.device, setup.model_dtype)
+    if config.gradient_checkpointing:
+        # transformers 5.23 renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    optimizer = ProjectedAdamW(
+        model,
+        setup.plan,
+        setup.base,
+        kept,
+        lr=config.learning_rate,
+        aux_lr=config.aux_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        project=config.method == "projected",
+    )
+    return NextTokenLoss(model), optimizer

@@ -1,0 +1,128 @@
+"""Everything that the next step depends on, as a checkpoint, and back."""
+
+import base64
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.checkpoint.manifest import Manifest
+from pcscale.common.errors import RequestError
+from pcscale.common.files import published_folder, read_json, write_json
+from pcscale.config.schema import RunConfig
+from pcscale.families.plan import Plan
+from pcscale.projection.persist import read_state, write_state
+from pcscale.projection.sweep import ProjectedAdamW
+
+TRAINER_NAME = "trainer.json"
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands. The data position is the step itself: batches are a pure function of it.
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included.
+        tokens: tokens trained on.
+        updates: steps that were not skipped: AdamW's own count.
+        skipped_in_row, skipped: steps without an update, just now and in all.
+        loss, eval_loss: the last known ones; None before the first.
+        data: fingerprint of the token sets.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    updates: int = 0
+    skipped_in_row: int = 0
+    skipped: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    data: str = ""
+
+
+def save_checkpoint(
+    folder: Path, state: TrainingState, optimizer: ProjectedAdamW, base: MappedBase, config: RunConfig
+) -> None:
+    """Write a checkpoint of a run: visible only when it is whole, without any base weight."""
+    state.updates = optimizer.updates
+    trainer = asdict(state) | {"rng": _random_states(), "settings": config.model_dump(mode="json")}
+    save_state(folder, state.step, optimizer, base, trainer)
+
+
+def save_state(
+    folder: Path, step: int, optimizer: ProjectedAdamW, base: MappedBase, trainer: dict[str, Any] | None = None
+) -> None:
+    """Write what can be merged, and resumed in a loop of one's own: records, manifest, and `trainer` as trainer.json.
+
+    Args:
+        folder: the checkpoint's; one that is there is replaced.
+    """
+    plan = optimizer.plan
+    with published_folder(folder) as temporary:
+        if trainer is not None:
+            write_json(temporary / TRAINER_NAME, trainer)
+        manifest = Manifest(
+            step=step,
+            method="projected" if optimizer.project else "hard_prune",
+            base_name=base.name,
+            base_revision=base.revision,
+            base_config=base.config,
+            base_fingerprints=base.check_all(),
+            hidden_size=plan.hidden_size,
+            intermediate_size=plan.intermediate_size,
+            files=write_state(optimizer, temporary),
+        )
+        manifest.write(temporary)
+
+
+def check_checkpoint(manifest: Manifest, plan: Plan, method: str, base: MappedBase) -> None:
+    """Refuse a checkpoint of another base, of other widths or of the other method, before any weight is read."""
+    if manifest.base_config != base.config:
+        raise RequestError(
+            f"the checkpoint was trained on {manifest.base_name}, whose config.json is not that of {base.folder}. "
+            "Use the same base and revision."
+        )
+    found = (manifest.hidden_size, manifest.intermediate_size, manifest.method)
+    wanted = (plan.hidden_size, plan.intermediate_size, method)
+    if found != wanted:
+        raise RequestError(
+            f"the checkpoint has widths {found[0]}/{found[1]} by method {found[2]}, this run asks for "
+            f"{wanted[0]}/{wanted[1]} by {wanted[2]}. Put the settings back."
+        )
+
+
+def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW) -> TrainingState:
+    """Put a checkpoint's state into the optimizer and its model.
+
+    Raises:
+        RequestError: a file is missing or was changed.
+    """
+    trainer: dict[str, Any] = read_json(folder / TRAINER_NAME)
+    try:
+        state = TrainingState(**{key: trainer[key] for key in asdict(TrainingState())})
+        random_states = trainer["rng"]
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"{folder / TRAINER_NAME} lacks {error}: the file was changed.") from None
+    read_state(optimizer, folder, manifest)
+    optimizer.updates = state.updates
+    _restore_random_states(random_states)
+    return state
+
+
+def _random_states() -> dict[str, str]:
+    """torch's generators; nothing else here draws random numbers."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: base64.b64encode(bytes(state.tolist())).decode() for name, state in states.items()}
+
+
+def _restore_random_states(states: dict[str, str]) -> None:
+    for name, text in states.items():
+        state = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)

@@ -1,0 +1,51 @@
+"""One optimizer step: forward and backward over the micro batches, clip, sweep."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.projection.sweep import ProjectedAdamW
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step saw.
+
+    Attributes:
+        loss: mean over the step's batch, before the update.
+        grad_norm: of the compressed model's gradients, before clipping.
+        skipped: whether loss or gradients were not finite, so that nothing was updated.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+def training_step(
+    loss_module: NextTokenLoss,
+    optimizer: ProjectedAdamW,
+    micro_batches: Iterable[torch.Tensor],
+    accumulation: int,
+    max_grad_norm: float,
+) -> StepResult:
+    """Train on one batch.
+
+    Args:
+        micro_batches: token ids `[B, T]`, equally large.
+        accumulation: how many there are.
+    """
+    device = next(loss_module.parameters()).device
+    total = torch.zeros((), device=device)
+    for ids_BT in micro_batches:
+        loss = loss_module(ids_BT.to(device)) / accumulation
+        loss.backward()
+        total += loss.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(loss_module.parameters(), max_grad_norm)
+    skipped = not bool(torch.isfinite(total) & torch.isfinite(grad_norm))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total.item(), grad_norm.item(), skipped)

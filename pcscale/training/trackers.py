@@ -1,0 +1,66 @@
+"""The trackers behind `report_to`: every metrics row goes to each of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pcscale.common.errors import RequestError
+from pcscale.config.schema import RunConfig
+
+Log = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """The open ones."""
+
+    logs: tuple[Log, ...]
+
+    def log(self, row: dict[str, Any]) -> None:
+        for log in self.logs:
+            log(row)
+
+
+def _tensorboard(folder: Path) -> tuple[Log, Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def log(row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and value is not None:
+                writer.add_scalar(key, value, row["step"])
+
+    return log, writer.close
+
+
+def _wandb(folder: Path) -> tuple[Log, Callable[[], None]]:
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    run = wandb.init(dir=folder, project="pcscale", name=folder.name, resume="allow", id=folder.name)
+    return lambda row: run.log(row, step=row["step"]), run.finish
+
+
+OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Refuse a tracker whose package is absent, before any work."""
+    for name in config.report_to:
+        if find_spec(name) is None:
+            raise RequestError(
+                f"report_to names {name}, which is not installed. Run `pip install {name}` or remove it."
+            )
+
+
+@contextmanager
+def open_trackers(config: RunConfig, folder: Path) -> Iterator[Trackers]:
+    opened = [OPENERS[name](folder) for name in config.report_to]
+    try:
+        yield Trackers(tuple(log for log, _ in opened))
+    finally:
+        for _, close in opened:
+            close()

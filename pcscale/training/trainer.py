@@ -1,0 +1,55 @@
+"""ProjectedAdamW under the Hugging Face Trainer, on one process: the callback that saves and loads its records."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pcscale.base.mapped import MappedBase
+from pcscale.checkpoint.manifest import Manifest
+from pcscale.common.errors import RequestError
+from pcscale.projection.persist import read_state
+from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.state import save_state
+
+PROJECTION_NAME = "projection"
+
+
+class ProjectionCallback(TrainerCallback):
+    """Writes a mergeable pcscale checkpoint into every `checkpoint-N/projection`, and reads it on resume.
+
+    Args:
+        optimizer: the one handed to the Trainer in `optimizers=(optimizer, None)`.
+        base: the base that it projects.
+    """
+
+    def __init__(self, optimizer: ProjectedAdamW, base: MappedBase) -> None:
+        self.optimizer = optimizer
+        self.base = base
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raises: RequestError: the Trainer is set up for more than one process or for DeepSpeed."""
+        if getattr(args, "deepspeed", None) or args.world_size > 1:
+            raise RequestError(
+                "ProjectedAdamW runs under the Trainer on one process only. "
+                "Use `pcscale compress` for DeepSpeed and more processes."
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises: RequestError: the Trainer resumes from a checkpoint that holds no projection."""
+        if not state.global_step:
+            return
+        folder = _projection_folder(args, state)
+        if not folder.exists():
+            raise RequestError(f"{folder} does not exist, so the projections cannot be resumed. Keep it in output_dir.")
+        read_state(self.optimizer, folder, Manifest.read(folder))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        save_state(_projection_folder(args, state), state.global_step, self.optimizer, self.base)
+
+
+def _projection_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROJECTION_NAME
