@@ -56,12 +56,12 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A result for people, on standard output."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position == 0 else "right")
+        table.add_column(Text(column), justify="left" if position == 0 else "right")
     for row in rows:
-        table.add_row(*row)
-    output = Console(highlight=False)
+        table.add_row(*(Text(cell) for cell in row))
     # A file has no width of its own; a table cut to 80 columns would lose its figures.
-    output.print(table, width=None if output.is_terminal else 140)
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140).print(table)

@@ -41,8 +41,8 @@ def temporary_beside(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a written and synced file or folder its name; what had the name is replaced."""
-    if path.is_dir() and any(path.iterdir()):
+    """Give a written and synced file or folder its name; a file or folder that had it is replaced by its like."""
+    if temporary.is_dir() and path.is_dir() and any(path.iterdir()):
         old = temporary.with_name(f"{temporary.name}-old")
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)  # A folder that holds something cannot be replaced in one step.

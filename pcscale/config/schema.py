@@ -95,9 +95,9 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: Count = Field(default=8, json_schema_extra=_TRAINING)
     """Micro batches in a step. Units: micro batches."""
     learning_rate: Annotated[Number, Field(gt=0)] = Field(default=1.5e-4, json_schema_extra=_TRAINING)
-    """Peak rate of the projections and of everything trained directly."""
+    """Peak rate of the projections (hard_prune: of everything)."""
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
-    """Peak rate of aux. Absent: `learning_rate`."""
+    """Peak rate of aux, norms and biases. Absent: `learning_rate`."""
     warmup_steps: Annotated[Whole, Field(ge=0)] = Field(default=40, json_schema_extra=_TRAINING)
     """Steps from 0.1 of the rate to the whole of it; a cosine back to 0.1 follows. Units: steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, json_schema_extra=_TRAINING)

@@ -195,20 +195,20 @@ def prepare_tokens(
         RequestError: a source cannot be read, holds too little text, or a token id is outside the vocabulary.
     """
     file = folder / TOKENS_NAME
-    key = _key(config, tokenizer, train_sequences, vocab_size)
+    key = _key(config, tokenizer, vocab_size)
     if _stored_key(file) != key:
         train_NT, validation_MT = _make_sequences(config, tokenizer, train_sequences, vocab_size)
         write_tensors(file, {"train": train_NT, "validation": validation_MT}, {"key": key})
     return _read(file)
 
 
-def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", train_sequences: int, vocab_size: int) -> str:
-    """What the sequences are made of, as a hash."""
+def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> str:
+    """What the sequences are made of, as a hash. A run that is made longer keeps its sequences and repeats them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # absent: a slow tokenizer, written in Python
     identity = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
     validation = config.data.validation
     sources = [describe(config.data.train), None if validation is None else describe(validation)]
-    sizes = [config.sequence_length, config.eval_tokens, train_sequences, vocab_size]
+    sizes = [config.sequence_length, config.eval_tokens, vocab_size]
     return fingerprint(json.dumps([sources, sizes, _eos(tokenizer), identity], sort_keys=True).encode())
 
 

@@ -39,8 +39,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         plan: the base's and the compressed shapes.
         base: where base weights are read from.
         kept: the kept indices of the start.
-        lr: rate of D_out, D_in, norms and biases.
-        aux_lr: rate of aux; None: `lr`. It follows a scheduler in the same ratio to `lr`.
+        lr: rate of D_out and D_in.
+        aux_lr: rate of aux, norms and biases; None: `lr`. It follows a scheduler in the same ratio to `lr`.
         betas, eps: AdamW's.
         weight_decay: decoupled decay of D_out, D_in and aux; with `project=False` of the matrices.
         project: False trains the start directly, without the base: the hard-pruning control arm.
@@ -108,7 +108,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 self._prefetch_next(position)
                 self._visit(planned.name, parameter, group)
             else:
-                self._update(self.direct[planned.name], parameter.grad.float(), group, group["lr"])
+                rate = group["lr"] * group["aux_ratio"]
+                self._update(self.direct[planned.name], parameter.grad.float(), group, rate)
                 publish(parameter, self.direct[planned.name].value)
         self.updates += 1
         return loss

@@ -3,16 +3,20 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pcscale.common.errors import RequestError
+from pcscale.config.schema import DataConfig, RunConfig
+from pcscale.families.plan import Plan
 from pcscale.families.registry import FAMILIES
 from pcscale.families.spec import Config
 from pcscale.families.widths import (
     KERNEL_MULTIPLES,
     MAX_STEP_FRACTION,
     SIZE_TOLERANCE,
+    make_plan,
     plan_keep,
     plan_parameters,
     plan_widths,
@@ -156,6 +160,28 @@ def test_the_search_cuts_both_axes_as_alike_as_any_width_within_1_percent(name: 
 def test_found_widths_are_legal_for_explicit_use_and_give_the_same_plan(name: str) -> None:
     found = plan_keep(LLAMA, REAL[name], 0.5)
     assert plan_widths(LLAMA, REAL[name], found.hidden_size, found.intermediate_size) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, plan_keep(LLAMA, SMOLLM2, 0.5)),
+        ({"keep": 0.3}, plan_keep(LLAMA, SMOLLM2, 0.3)),
+        ({"target_params": 5e7}, plan_parameters(LLAMA, SMOLLM2, 5e7, "")),
+        ({"hidden_size": 432, "intermediate_size": 768}, plan_widths(LLAMA, SMOLLM2, 432, 768)),
+    ],
+)
+def test_settings_say_the_size_in_one_of_three_ways_and_mean_half_without(
+    settings: dict[str, Any], expected: Plan
+) -> None:
+    config = RunConfig(base="b", output="o", data=DataConfig(train=["t"]), **settings)
+    assert make_plan(LLAMA, SMOLLM2, config) == expected
+
+
+def test_settings_out_of_reach_are_refused_in_the_words_they_were_set_in() -> None:
+    config = RunConfig(base="b", output="o", data=DataConfig(train=["t"]), target_params=2e9)
+    with pytest.raises(RequestError, match=r"^target_params 2e\+09 means 2,000,000,000 parameters; legal widths"):
+        make_plan(LLAMA, SMOLLM2, config)
 
 
 def test_a_parameter_target_is_met_like_the_share_it_is() -> None:
