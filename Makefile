@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check bench format clean
+.PHONY: install demo test check bench docs format clean
 
 install: $(STAMP)
 
@@ -25,6 +25,10 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tools/file_sizes.py
+	$(BIN)/python tools/settings_doc.py --check
+
+docs: install
+	$(BIN)/python tools/settings_doc.py
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -129,20 +129,22 @@ class LayerMajorModel:
             arguments.append(named)
             return hidden_BTH
 
-        norm = self.module(self._norm.module)
+        owner, _, norm_name = self._norm.module.rpartition(".")
+        norm_owner, norm = self.module(owner), self.module(self._norm.module)
         embedding = self.module(self._embedding.module)
-        replaced = [*self.layers, norm]
         try:
             for module in self.layers:
                 module.forward = capture
-            norm.forward = lambda hidden_BTH: hidden_BTH
+            # Taken out, not patched as the layers are: a hook on the norm must not see what has passed no layer.
+            setattr(norm_owner, norm_name, nn.Identity())
             # A lookup touches only its own rows, so the mapped table is used as it lies.
             embedding.forward = lambda ids: F.embedding(ids, self.base.tensor(self._embedding.name)).to(
                 self.device, self.dtype
             )
             hidden_BTH = self.decoder(input_ids=batch_BT.long(), use_cache=False).last_hidden_state
         finally:
-            for module in (*replaced, embedding):
+            setattr(norm_owner, norm_name, norm)
+            for module in (*self.layers, embedding):
                 del module.forward
         self._arguments[tuple(batch_BT.shape)] = [
             {key: _to(value, self.device) for key, value in named.items()} for named in arguments

@@ -1,0 +1,28 @@
+"""`python -m benchmarks [NAME …]`: run benchmarks and write their dated reports into benchmarks/reports/."""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import demo, merge_7b, plan_time, step_time
+from benchmarks.report import write_report
+from pcscale.common.console import console
+
+BENCHMARKS = {"plan": plan_time, "step": step_time, "merge": merge_7b, "demo": demo}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--scratch", type=Path, default=Path(".cache/benchmarks"), help="where large files are made")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
+    console.configure(quiet=False)
+    for name in arguments.names or BENCHMARKS:
+        module = BENCHMARKS[name]
+        print(write_report(name, f"python -m benchmarks {name}", module.__doc__ or "", module.run(arguments.scratch)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""One optimizer step of SmolLM2-135M cut to half: `ProjectedAdamW` against `torch.optim.AdamW` on the same compressed
+model and batch, in one process, alternating; medians. The predicted ratio is (train + sweep) / train in FLOPs."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import Row
+from pcscale.base.mapped import MappedBase
+from pcscale.base.resolve import resolve_base
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.compressed.model import build_compressed
+from pcscale.families.widths import plan_keep
+from pcscale.importance.score import random_scores
+from pcscale.importance.select import select
+from pcscale.projection.starts import selection_start
+from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.demo import cache_folder, fetch_smollm2
+
+REPEATS = 5
+SEQUENCE_LENGTH = 256
+
+
+def run(scratch: Path) -> list[Row]:
+    base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
+    plan = plan_keep(base.family, base.config, 0.5)
+    kept = select(plan, random_scores(plan, seed=0))
+    start = selection_start(plan, kept, base.tensor)
+    loss_module = NextTokenLoss(build_compressed(plan, start, torch.device("cpu"), torch.float32))
+    projected = ProjectedAdamW(loss_module.model, plan, base, kept, lr=1e-6)
+    plain = torch.optim.AdamW(loss_module.parameters(), lr=1e-6, fused=True)
+    sweep_flops = plan.compose_flops + plan.pull_back_flops
+    rows: list[Row] = []
+    for batch_size in (2, 4, 16):
+        ids_BT = torch.randint(base.config["vocab_size"], (batch_size, SEQUENCE_LENGTH))
+        backward: list[float] = []
+        steps: dict[str, list[float]] = {"projected": [], "plain": []}
+        for _ in range(REPEATS):
+            for name, optimizer in (("projected", projected), ("plain", plain)):
+                backward.append(_seconds(lambda ids=ids_BT: loss_module(ids).backward()))
+                steps[name].append(_seconds(optimizer.step))
+                optimizer.zero_grad(set_to_none=True)
+        train, sweep, adamw = (statistics.median(times) for times in (backward, steps["projected"], steps["plain"]))
+        train_flops = plan.train_flops_per_token(SEQUENCE_LENGTH) * ids_BT.numel()
+        rows += [
+            (
+                f"{ids_BT.numel()} tokens: forward and backward / sweep / AdamW's step",
+                f"{train:.2f} / {sweep:.2f} / {adamw:.2f} s",
+                "",
+            ),
+            (
+                f"{ids_BT.numel()} tokens: whole step, ProjectedAdamW over AdamW",
+                f"{(train + sweep) / (train + adamw):.2f}",
+                f"{(train_flops + sweep_flops) / train_flops:.2f} predicted by FLOPs",
+            ),
+        ]
+    rate = train_flops / train
+    rows.append(("FLOPs a second: forward and backward", f"{rate / 1e9:.0f} G", ""))
+    rows.append(("FLOPs a second: sweep", f"{sweep_flops / sweep / 1e9:.0f} G", f"{sweep_flops / 1e12:.3f} T a sweep"))
+    return rows
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
