@@ -25,10 +25,10 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python tools/file_sizes.py
-	$(BIN)/python tools/settings_doc.py --check
+	$(BIN)/python tools/docs.py --check
 
 docs: install
-	$(BIN)/python tools/settings_doc.py
+	$(BIN)/python tools/docs.py
 
 format: install
 	$(BIN)/ruff check --fix .

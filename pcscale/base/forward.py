@@ -138,9 +138,8 @@ class LayerMajorModel:
             # Taken out, not patched as the layers are: a hook on the norm must not see what has passed no layer.
             setattr(norm_owner, norm_name, nn.Identity())
             # A lookup touches only its own rows, so the mapped table is used as it lies.
-            embedding.forward = lambda ids: F.embedding(ids, self.base.tensor(self._embedding.name)).to(
-                self.device, self.dtype
-            )
+            table_VH = self.base.tensor(self._embedding.name)
+            embedding.forward = lambda ids_BT: F.embedding(ids_BT, table_VH).to(self.dtype)
             hidden_BTH = self.decoder(input_ids=batch_BT.long(), use_cache=False).last_hidden_state
         finally:
             setattr(norm_owner, norm_name, norm)
@@ -149,7 +148,7 @@ class LayerMajorModel:
         self._arguments[tuple(batch_BT.shape)] = [
             {key: _to(value, self.device) for key, value in named.items()} for named in arguments
         ]
-        return hidden_BTH.to("cpu")
+        return hidden_BTH
 
     @contextmanager
     def _loaded(self, module: nn.Module, names: list[str], prefix: str) -> Iterator[None]:

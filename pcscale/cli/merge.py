@@ -32,9 +32,10 @@ def main(
     from pcscale.base.resolve import resolve_base
     from pcscale.common.units import format_bytes, format_seconds, parse_bytes
     from pcscale.merging.merge import merge, result_document
+    from pcscale.training.folder import RunFolder
 
     result = merge(
-        checkpoint,
+        RunFolder(checkpoint).latest_checkpoint() or checkpoint,
         lambda expected: MappedBase(resolve_base(base), expected),
         output,
         parse_bytes(max_shard_size),

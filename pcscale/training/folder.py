@@ -75,6 +75,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is work that a new run would lose; settings, plan and tokens are made again in no time."""
+        return any(path.exists() for path in (self.scores, self.metrics, self.checkpoints))
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{STEP_PREFIX}{step:08d}"
 
@@ -125,6 +130,8 @@ def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     if not folder.settings.exists():
         found = next(path.iterdir()).name
         raise RequestError(f"{path} holds {found} and is no run folder. Name a new folder as output.")
+    if not folder.begun:
+        return
     if not resume:
         raise RequestError(
             f"{path} already holds a run. Add --resume to go on with it, or name a new folder as output."

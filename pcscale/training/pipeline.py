@@ -1,6 +1,5 @@
 """The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder, each part once."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, pre
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.importance.select import KeptIndices, select
 from pcscale.memory.estimate import merge_need_bytes, on_host_alone, plan_document
-from pcscale.memory.tracker import PhaseUsage, machine, measured
+from pcscale.memory.tracker import PhaseUsage, machine, measured, release_freed
 from pcscale.merging.merge import merge
 from pcscale.projection.persist import read_kept
 from pcscale.reporting.report import write_report
@@ -191,7 +190,7 @@ class _Run:
                 )
             )
             del loss_module, optimizer
-            gc.collect()
+        release_freed()
 
     def merge(self) -> None:
         config = self.config
