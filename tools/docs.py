@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = ROOT / "docs" / "settings.md"
 README = ROOT / "README.md"
 _TREE_START, _TREE_END = "<!-- tree: made by `make docs` -->\n", "<!-- /tree -->"
-_PACKAGES = (
-    "cli training merging calibration evaluation reporting memory data projection base importance checkpoint "
-    "compressed families storage config common"
-).split()
+_PACKAGES = (  # top first
+    *("cli", "training", "merging", "calibration", "evaluation", "reporting", "memory", "data", "projection"),
+    *("base", "importance", "checkpoint", "compressed", "families", "storage", "config", "common"),
+)
 _BESIDE = {
     "tools/": "merge_sharded.py (the merger as a script), docs.py (makes this tree), file_sizes.py",
     "tests/": "folders mirror the package; tiny.py random checkpoints, reference.py the slow obvious step",

@@ -54,11 +54,13 @@ def print_json(document: Any) -> None:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A result for people, on standard output."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    # Plain enough for the eight columns of the largest table to fit a terminal of eighty.
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for position, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if position == 0 else "right")
     for row in rows:

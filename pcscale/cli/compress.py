@@ -48,7 +48,7 @@ def print_outcome(report: dict[str, Any]) -> None:
     from pcscale.common.units import format_bytes
     from pcscale.reporting.table import comparison_rows
 
-    print_table("Held-out text", *comparison_rows(report["evaluation"]))
+    print_table("Held-out text (loss in nats a token)", *comparison_rows(report["evaluation"]))
     host = report["peak"]["host_anonymous"]["measured_bytes"]
     print(f"peak anonymous host memory {format_bytes(host)}")
     print(f"model:  {report['merge']['output']}")

@@ -38,4 +38,6 @@ def main(
         print_json(result)
     else:
         rows = {"compressed": {key: value for key, value in result.items() if key != "base"}}
-        print_table("Held-out text", *comparison_rows(rows | ({"base": result["base"]} if base else {})))
+        print_table(
+            "Held-out text (loss in nats a token)", *comparison_rows(rows | ({"base": result["base"]} if base else {}))
+        )

@@ -29,7 +29,7 @@ def anonymous_bytes() -> int:
 
 
 def release_freed() -> None:
-    """Give memory that is free inside the allocator back to the system: glibc keeps gigabytes of small tensors' pages."""
+    """Give memory that is free inside the allocator back to the system: glibc keeps gigabytes of small tensors."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

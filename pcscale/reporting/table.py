@@ -16,8 +16,7 @@ def comparison_rows(evaluation: dict[str, Any]) -> Table:
     Args:
         evaluation: evaluation.json; a model that is absent has no row, and without the base nothing is relative to it.
     """
-    columns = ["model", "parameters", "share of base", "held-out loss (nats)", "difference to base (nats)"]
-    columns += ["perplexity", "bits per byte", "tokens/s"]
+    columns = ["model", "params", "share", "loss", "vs base", "perplexity", "bits/byte", "tok/s"]
     base = evaluation.get("base")
     rows = []
     for key, label in MODELS.items():
