@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -31,9 +32,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(**arguments)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
+        except typer.Exit:
+            raise
         except Exception as error:
-            if arguments.get("debug") or isinstance(error, typer.Exit):
-                raise
+            if arguments.get("debug"):
+                traceback.print_exc()
             if isinstance(error, PcscaleError):
                 _fail(str(error), error.exit_code)
             reason = " ".join(str(error).split())[:300]

@@ -1,10 +1,34 @@
 """`pcscale`: one subcommand per job. Every subcommand imports what it needs when it runs."""
 
+import sys
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from pcscale.cli import calibrate, compress, demo, evaluate, merge, plan, report, verify
 
+_UsageError: Any = typer.BadParameter.__base__  # Click's own, wherever this version of typer keeps it.
+
+
+class _PlainGroup(TyperGroup):
+    """Says what is wrong with a flag or an argument in one line, as every other error is said."""
+
+    def main(self, *positional: Any, **named: Any) -> Any:
+        if not named.get("args", sys.argv[1:]):
+            return super().main(*positional, **named)  # The help.
+        try:
+            exit_code = super().main(*positional, **(named | {"standalone_mode": False}))
+        except _UsageError as error:
+            command_path = error.ctx.command_path if error.ctx else "pcscale"
+            message = error.format_message().rstrip(".")
+            print(f"pcscale: {message}. `{command_path} --help` lists what there is.", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(exit_code or 0)
+
+
 app = typer.Typer(
+    cls=_PlainGroup,
     name="pcscale",
     help="Projected Compression of large language models to ordinary smaller ones.",
     no_args_is_help=True,

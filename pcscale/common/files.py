@@ -1,5 +1,6 @@
 """Writing files so that what is visible is whole: beside the place, synced, renamed."""
 
+import ctypes
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from pcscale.common.errors import RequestError, RunError
 
 TEMPORARY_PREFIX = ".partial-"
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag, from Linux's headers
 
 
 @contextmanager
@@ -24,6 +26,8 @@ def said_plainly(path: Path) -> Iterator[None]:
             raise RunError(f"{path}: the disk is full. Nothing was replaced; free space and run again.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RequestError(f"{path}: no permission to write here. Choose another folder or change it.") from error
+        if error.errno == errno.ENOTDIR:
+            raise RequestError(f"{path}: a part of this path is a file. Name a new folder.") from error
         raise
 
 
@@ -40,13 +44,22 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders swap names in one step; False where the system cannot, and nothing was done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Give a written and synced file or folder its name; a file or folder that had it is replaced by its like."""
     if temporary.is_dir() and path.is_dir() and any(path.iterdir()):
-        old = temporary.with_name(f"{temporary.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)  # A folder that holds something cannot be replaced in one step.
-        temporary.rename(path)
+        old = temporary
+        if not _exchange(temporary, path):
+            old = temporary.with_name(f"{temporary.name}-old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            temporary.rename(path)
+        sync_folder(path.parent)
         shutil.rmtree(old)
     else:
         temporary.replace(path)

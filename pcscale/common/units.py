@@ -1,7 +1,8 @@
-"""Sizes and counts as people write and read them."""
+"""Sizes, counts and names as people write and read them."""
 
 import math
 import re
+from pathlib import Path
 
 from pcscale.common.errors import RequestError
 
@@ -52,3 +53,8 @@ def format_seconds(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def short_name(model: str) -> str:
+    """A Hub id as it is; of a folder's path the last part, since the rest means nothing elsewhere."""
+    return Path(model).name if model.startswith(("/", ".", "~")) else model

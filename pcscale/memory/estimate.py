@@ -83,20 +83,20 @@ def checkpoint_bytes(plan: Plan, config: RunConfig) -> int:
 
 
 def merge_need_bytes(plan: Plan) -> int:
-    """Anonymous memory that merging takes at most, the interpreter aside: the needs of the largest matrix's blocks."""
-    return max(_merge_block_bytes(planned) for planned in plan.weights)
+    """Anonymous memory that merging takes at most, the interpreter aside: the buffers of merging/blocks.py.
+
+    They are used again from matrix to matrix, so each is as large as the matrix that needs most of it.
+    """
+    sizes = [_merge_buffers(planned) for planned in plan.matrices]
+    return FLOAT_BYTES * sum(max(column) for column in zip(*sizes, strict=True))
 
 
-def _merge_block_bytes(planned: PlannedWeight) -> int:
-    if not planned.is_matrix:
-        return 4 * FLOAT_BYTES * planned.base_shape[0]
+def _merge_buffers(planned: PlannedWeight) -> tuple[int, int, int, int]:
+    """Values of the buffers `in`, `out`, `base`, and of the results: kept entries, product and two conversions."""
     base_out, base_in = planned.base_shape
     rows, columns = min(base_out, MERGE_BLOCK), min(base_in, MERGE_BLOCK)
-    operands = [base_in * columns, rows * base_in, base_out * columns, rows * base_out]  # D_in, W, W p_in, D_out
-    if not (planned.projects_out and planned.projects_in):
-        operands = operands[:2] if planned.projects_in else operands[2:]
-    results = 4 * rows * columns  # the kept entries, the product, aux and their sum
-    return FLOAT_BYTES * (sum(operands) + results)
+    in_side, out_side = base_in * columns * planned.projects_in, base_out * rows * planned.projects_out
+    return in_side, out_side, max(in_side, out_side), 4 * rows * columns
 
 
 def phase_peaks(plan: Plan, config: RunConfig) -> dict[str, dict[str, int]]:

@@ -8,7 +8,7 @@ import yaml
 
 from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.files import read_json, write_text
-from pcscale.common.units import format_count
+from pcscale.common.units import format_count, short_name
 
 TRAINER_NAME = "trainer.json"
 
@@ -22,7 +22,7 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
     trainer = read_json(checkpoint / TRAINER_NAME) if (checkpoint / TRAINER_NAME).exists() else {}
     plan = manifest.plan
     front: dict[str, Any] = {
-        "base_model": manifest.base_name,
+        "base_model": short_name(manifest.base_name),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pcscale", "projected-compression" if manifest.method == "projected" else "pruned"],

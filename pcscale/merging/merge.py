@@ -24,7 +24,7 @@ from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.importance.select import KeptIndices
 from pcscale.memory.estimate import merge_need_bytes
 from pcscale.memory.tracker import AnonymousPeak
-from pcscale.merging.blocks import blocks, compose_into
+from pcscale.merging.blocks import Workspace, blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
 from pcscale.projection.algebra import Projection
@@ -79,6 +79,7 @@ class _Source:
     base: MappedBase
     kept: KeptIndices
     outer: TensorReader
+    workspace: Workspace
 
 
 def merge(
@@ -127,7 +128,7 @@ def merge(
                 f"Use the base {manifest.base_name}."
             )
         outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
-        source = _Source(checkpoint, manifest, plan, base, read_kept(checkpoint, manifest), outer)
+        source = _Source(checkpoint, manifest, plan, base, read_kept(checkpoint, manifest), outer, Workspace())
         dtypes = _output_dtypes(source, dtype)
         bytes_written = _write_folder(source, output, dtypes, max_shard_bytes, resume)
     return MergeResult(
@@ -153,12 +154,13 @@ def _output_dtypes(source: _Source, dtype: str | None) -> dict[str, torch.dtype]
 def _write_folder(
     source: _Source, output: Path, dtypes: dict[str, torch.dtype], max_shard_bytes: int, resume: bool
 ) -> int:
+    output = output.resolve()  # A link is followed, `.` has a name.
     staging = temporary_beside(output)
     shards = lay_out(source.plan, dtypes, max_shard_bytes)
     key = {
         "checkpoint": source.manifest.files,
         "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
-        "shards": [shard.name for shard in shards],
+        "shards": {shard.name: [planned.name for planned in shard.weights] for shard in shards},
     }
     with said_plainly(output):
         done = _finished_shards(staging, key) if resume else {}
@@ -192,10 +194,11 @@ def _write_folder(
 
 def _finished_shards(staging: Path, key: dict[str, object]) -> dict[str, str]:
     """The shards that an interrupted merge of the same things left whole."""
-    if not (staging / PROGRESS_NAME).exists():
+    try:
+        progress = read_json(staging / PROGRESS_NAME)
+    except RequestError:  # There is none, or it cannot be read: nothing to go on from.
         return {}
-    progress = read_json(staging / PROGRESS_NAME)
-    if progress.get("key") != key:
+    if not isinstance(progress, dict) or progress.get("key") != key:
         return {}
     return {
         name: expected
@@ -215,8 +218,9 @@ def _write_shard(
     with ShardWriter(path, shapes, {"format": "pt"}) as writer:
         for position, planned in enumerate(shard.weights):
             source.base.prefetch([following.name for following in shard.weights[position + 1 : position + 2]])
+            W_OI = source.base.tensor(planned.name)  # Read even where no product needs it: another base is refused.
             if record_file(planned.name) in source.manifest.files:
-                _compose(source, planned, writer[planned.name])
+                _compose(source, planned, W_OI, writer[planned.name])
             else:
                 value = source.outer.tensor(direct_name(planned.name))
                 for rows in blocks(len(value)):
@@ -224,13 +228,13 @@ def _write_shard(
             advance(tensor_bytes(planned, dtypes) / 2**20, planned.name)
 
 
-def _compose(source: _Source, planned: PlannedWeight, out_oi: torch.Tensor) -> None:
+def _compose(source: _Source, planned: PlannedWeight, W_OI: torch.Tensor, out_oi: torch.Tensor) -> None:
     path = source.manifest.file(source.checkpoint, record_file(planned.name))
     record = TensorReader(read_header(path)[0])
     values = {name: record.tensor(name) for name in ("delta_out", "delta_in", "aux") if name in record.entries}
     kept_out, kept_in = kept_sides(planned, source.kept)
     projection = Projection(kept_out, values.get("delta_out"), kept_in, values.get("delta_in"), values["aux"])
-    compose_into(out_oi, source.base.tensor(planned.name), projection)
+    compose_into(out_oi, W_OI, projection, source.workspace)
     record.close()
 
 

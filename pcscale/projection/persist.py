@@ -61,6 +61,9 @@ def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> N
         _fill(record.tensors(), manifest.file(folder, record_file(name)))
     outer = _outer_tensors(optimizer)
     _fill(outer, manifest.file(folder, OUTER_NAME))
+    for planned in optimizer.plan.matrices:
+        if planned.name in optimizer.records:
+            optimizer.records[planned.name].keep(planned, optimizer.kept)
     optimizer.compose_all()
 
 

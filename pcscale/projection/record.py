@@ -47,10 +47,16 @@ class MatrixRecord:
     @classmethod
     def fresh(cls, planned: PlannedWeight, kept: KeptIndices, device: torch.device) -> "MatrixRecord":
         """The state at the start: every D and aux zero."""
-        kept_out, kept_in = kept_sides(planned, kept)
         shapes = record_shapes(planned)
         parts = {name: Trained.starting_at(torch.zeros(shape, device=device)) for name, shape in shapes.items()}
-        return cls(_on(kept_out, device), _on(kept_in, device), parts)
+        record = cls(None, None, parts)
+        record.keep(planned, kept)
+        return record
+
+    def keep(self, planned: PlannedWeight, kept: KeptIndices) -> None:
+        """Select these channels of the base weight from now on."""
+        device = self.parts["aux"].value.device
+        self.kept_out, self.kept_in = (_on(indices, device) for indices in kept_sides(planned, kept))
 
     @property
     def projection(self) -> Projection:
@@ -82,4 +88,5 @@ def kept_sides(planned: PlannedWeight, kept: KeptIndices) -> tuple[torch.Tensor 
 
 
 def _on(indices: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if indices is None else indices.to(device)
+    # A copy on the host as well: `keep` alone decides what a record selects.
+    return None if indices is None else indices.to(device, copy=True)

@@ -48,7 +48,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     Memory: three float32 values for each trainable one, and while a matrix is visited about three more for that matrix.
 
     Raises:
-        RequestError: the model's parameters are not those of the plan.
+        RequestError: the model's parameters are not those of the plan, or a rate is out of range.
     """
 
     def __init__(
@@ -64,8 +64,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         project: bool = True,
     ) -> None:
+        if lr <= 0 or (aux_lr is not None and aux_lr < 0):
+            raise RequestError(f"lr is {lr} and aux_lr {aux_lr}: expected a positive lr, and no negative aux_lr.")
         parameters = dict(model.named_parameters())
-        self.plan, self.base, self.kept, self.project = plan, base, kept, project
+        self.plan, self.base, self.project = plan, base, project
+        # A copy: a checkpoint that is read brings its own.
+        self.kept = {name: indices.clone() for name, indices in kept.items()}
         self.updates = 0
         self._planned: list[PlannedWeight] = list(plan.weights)
         self._parameters = [_matching_parameter(planned, parameters) for planned in self._planned]
@@ -76,7 +80,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         groups: dict[str, list[nn.Parameter]] = {"projected": [], "matrices": [], "vectors": []}
         for planned, parameter in zip(self._planned, self._parameters, strict=True):
             if planned.is_matrix and project:
-                self.records[planned.name] = MatrixRecord.fresh(planned, kept, parameter.device)
+                self.records[planned.name] = MatrixRecord.fresh(planned, self.kept, parameter.device)
                 groups["projected"].append(parameter)
             else:
                 self.direct[planned.name] = Trained.starting_at(parameter.detach().float())

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from pcscale.common.units import format_bytes, format_count, format_seconds
+from pcscale.common.units import format_bytes, format_count, format_seconds, short_name
 from pcscale.reporting.run_data import RunData
 from pcscale.reporting.table import MODELS, comparison_rows, format_difference, memory_rows, phase_rows, plan_rows
 
@@ -42,7 +42,7 @@ def render_page(data: RunData, report: dict[str, Any], images: dict[str, bytes])
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
-        base=data.plan["base"]["name"] if data.plan else data.config.base,
+        base=short_name(data.plan["base"]["name"] if data.plan else data.config.base),
         sentence=_sentence(data, report["training"]),
         cards=[_kept_card(data), _loss_card(data), _size_card(data)],
         comparison=comparison_rows(data.evaluation),

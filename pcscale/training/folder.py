@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pcscale.common.errors import RequestError
-from pcscale.common.files import TEMPORARY_PREFIX, said_plainly, write_text
+from pcscale.common.files import TEMPORARY_PREFIX, said_plainly, temporary_beside, write_text
 from pcscale.config.load import check_values, dump_run_config, read_values
 from pcscale.config.schema import RunConfig
 
@@ -92,6 +92,11 @@ class RunFolder:
         steps = self.saved_steps()
         return self.checkpoint(steps[-1]) if steps else None
 
+    def clear_results(self) -> None:
+        """Forget what a run without a checkpoint has left: it begins anew, maybe on other text."""
+        for path in (self.scores, self.metrics, self.evaluation, self.merge_result, self.usage):
+            path.unlink(missing_ok=True)
+
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all but the newest checkpoints. One that is being removed is no longer visible as a checkpoint."""
         for step in self.saved_steps()[:-keep]:
@@ -112,9 +117,9 @@ def open_run(config: RunConfig, resume: bool) -> RunFolder:
     check_output(folder, config, resume)
     with said_plainly(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.path.rglob(f"{TEMPORARY_PREFIX}*"):
+        for leftover in list(folder.path.rglob(f"{TEMPORARY_PREFIX}*")):
             # An interrupted merge goes on from its staging folder; everything else is written anew.
-            if leftover.name != f"{TEMPORARY_PREFIX}{folder.merged.name}" and folder.merged.name not in leftover.parts:
+            if leftover != temporary_beside(folder.merged) and folder.merged not in leftover.parents:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     write_text(folder.settings, dump_run_config(config))
     return folder

@@ -1,6 +1,7 @@
 """The training loop: steps, evaluation, metrics, checkpoints, and what to do when something goes wrong."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def train(training: Training) -> None:
             last = state.step == config.max_steps
             if last or stop.asked or state.step % config.save_steps == 0:
                 _save(training)
-            if stop.asked and not last:
+            if stop.asked:
                 raise Interrupted(
                     f"interrupted after step {state.step}; checkpoint written. Go on with: "
                     f"pcscale compress {training.folder.settings} --resume"
@@ -100,7 +101,8 @@ def _take_step(training: Training) -> dict[str, Any]:
     if result.skipped:
         row["skipped"] = True
     if state.step % config.eval_steps == 0 or state.step == config.max_steps:
-        state.eval_loss = evaluate_now(training)
+        held_out = evaluate_now(training)
+        state.eval_loss = held_out if math.isfinite(held_out) else None
         row["eval_loss"] = state.eval_loss
     return row
 
@@ -136,7 +138,8 @@ def _describe(row: dict[str, Any], config: RunConfig) -> str:
     parts = [f"step {row['step']}/{config.max_steps}"]
     parts.append("skipped (not finite)" if row["loss"] is None else f"loss {row['loss']:.4f}")
     if "eval_loss" in row:
-        parts.append(f"held-out {row['eval_loss']:.4f}")
+        held_out = row["eval_loss"]
+        parts.append("held-out not finite" if held_out is None else f"held-out {held_out:.4f}")
     parts.append(f"rate {row['learning_rate']:.3g}")
     if row["grad_norm"] is not None:
         parts.append(f"grad norm {row['grad_norm']:.3g}")

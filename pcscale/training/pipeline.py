@@ -12,7 +12,7 @@ from pcscale.base.mapped import MappedBase
 from pcscale.calibration.collect import collect_scores, read_scores, write_scores
 from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.console import console
-from pcscale.common.errors import BudgetError, RequestError
+from pcscale.common.errors import BudgetError
 from pcscale.common.files import read_json, write_json
 from pcscale.common.units import format_bytes, format_count, parse_bytes
 from pcscale.compressed.model import load_stock
@@ -29,7 +29,7 @@ from pcscale.reporting.report import write_report
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
 from pcscale.training.loop import Training, train
 from pcscale.training.setup import Setup, build_training_parts, prepare
-from pcscale.training.state import TrainingState, check_checkpoint, load_checkpoint
+from pcscale.training.state import TrainingState, check_checkpoint, check_text, load_checkpoint
 from pcscale.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -72,10 +72,15 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
     _check_merge_cap(setup, config)
     if dry_run:
         return document
-    run = _Run(config, open_run(config, resume), setup, tokenizer)
+    folder = open_run(config, resume)
+    if not checkpoint:
+        folder.clear_results()
+    run = _Run(config, folder, setup, tokenizer)
     write_json(run.folder.plan, document)
     _say_plan(document)
     run.prepare_tokens()
+    if checkpoint:
+        check_text(checkpoint, run.tokens.fingerprint)
     kept = read_kept(checkpoint, manifest) if checkpoint and manifest else run.calibrate()
     run.evaluate_base()
     run.train(kept, checkpoint, manifest)
@@ -171,11 +176,6 @@ class _Run:
             if checkpoint and manifest:
                 state = load_checkpoint(checkpoint, manifest, optimizer)
                 console.say(f"resuming at step {state.step}")
-                if state.data != self.tokens.fingerprint:
-                    raise RequestError(
-                        "the training or held-out text is not what this run began with (its fingerprint differs). "
-                        "Put the files back, or start a new run."
-                    )
             cut_metrics(self.folder.metrics, state.step)
             train(
                 Training(

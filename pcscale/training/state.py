@@ -93,6 +93,16 @@ def check_checkpoint(manifest: Manifest, plan: Plan, method: str, base: MappedBa
         )
 
 
+def check_text(folder: Path, found: str) -> None:
+    """Refuse to go on with a checkpoint of other text than the token sets with the fingerprint `found`."""
+    trainer = read_json(folder / TRAINER_NAME)
+    if not isinstance(trainer, dict) or trainer.get("data") != found:
+        raise RequestError(
+            "the training or held-out text is not what this run began with (its fingerprint differs). "
+            "Put the files back, or start a new run."
+        )
+
+
 def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW) -> TrainingState:
     """Put a checkpoint's state into the optimizer and its model.
 

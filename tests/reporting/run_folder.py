@@ -51,7 +51,7 @@ EVALUATION = {
     "base": _model(2.9137, 134_515_008, 812.4),
     "start": _model(8.2718, 67_000_000, 1533.0),
     "compressed": _model(3.4412, 67_000_000, 1541.0),
-    "sample": {"prompt": "Once upon a time", "base": "there was a <fox>.", "compressed": "there was a fox & a crow."},
+    "sample": {"prompt": "Once upon a time", "compressed": "there was a <fox> & a crow."},
 }
 
 MERGE = {

@@ -1,0 +1,39 @@
+"""Signals as a request that the loop answers between two steps."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from pcscale.training.interrupt import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_the_handlers_of_before_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest() as stop:
+        assert signal.getsignal(signal.SIGINT) == stop._handle
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_on_a_thread_of_its_own_signals_are_left_alone() -> None:
+    seen: list[object] = []
+
+    def inside() -> None:
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
