@@ -28,7 +28,7 @@ from tests.training.runs import (
 __all__ = ["config", "finished", "light_runs", "no_plots", "run", "silent_console", "world"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run. Read only; copy it to change it."""
     run = tmp_path_factory.mktemp("finished") / "run"

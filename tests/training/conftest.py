@@ -22,7 +22,7 @@ from tests.training.runs import (
 __all__ = ["config", "light_runs", "no_plots", "run", "silent_console", "world"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def reference(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps without a stop."""
     run = tmp_path_factory.mktemp("reference") / "run"
@@ -32,7 +32,7 @@ def reference(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def half_way(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run killed in step 7, after its checkpoint of step 4. Copy it to go on with it."""
     run = tmp_path_factory.mktemp("half-way") / "run"

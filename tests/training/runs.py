@@ -128,7 +128,7 @@ def refusal(*arguments: str | Path, exit_code: int = 2) -> str:
     return outcome.stderr.removeprefix("pcscale: ").strip()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Read only; build another to change it."""
     return build_world(tmp_path_factory.mktemp("world"))
@@ -152,8 +152,9 @@ def run_lightly() -> None:
     os.fsync = lambda handle: None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def light_runs() -> Iterator[None]:
+    """For one package of tests; the others keep their threads and their disk."""
     threads, sync = torch.get_num_threads(), os.fsync
     run_lightly()
     yield
