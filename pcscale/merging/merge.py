@@ -7,7 +7,9 @@ its finished shards with `resume`. Neither a GPU nor transformers is needed.
 import dataclasses
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,8 @@ from pcscale.storage.writer import ShardWriter
 
 INTERPRETER_BYTES = 300 * 2**20
 """What Python and its libraries may take beside `max_memory`."""
+VERIFY_AHEAD = 8
+"""Tensors that are read and hashed ahead of the products: about a layer, since large ones follow small ones."""
 PROGRESS_NAME = "merge_progress.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIDECARS = (
@@ -215,12 +219,15 @@ def _write_shard(
     advance: Callable[[float, str], None],
 ) -> None:
     shapes = {planned.name: (dtypes[planned.name], planned.shape) for planned in shard.weights}
-    with ShardWriter(path, shapes, {"format": "pt"}) as writer:
+    with ShardWriter(path, shapes, {"format": "pt"}) as writer, ThreadPoolExecutor(1, "verify") as pool:
+        ahead = deque(pool.submit(_verified, source, planned) for planned in shard.weights[:VERIFY_AHEAD])
         for position, planned in enumerate(shard.weights):
-            source.base.prefetch([following.name for following in shard.weights[position + 1 : position + 2]])
-            W_OI = source.base.tensor(planned.name)  # Read even where no product needs it: another base is refused.
-            if record_file(planned.name) in source.manifest.files:
-                _compose(source, planned, W_OI, writer[planned.name])
+            W_OI, record = ahead.popleft().result()
+            ahead.extend(
+                pool.submit(_verified, source, later) for later in shard.weights[position + VERIFY_AHEAD :][:1]
+            )
+            if record is not None:
+                _compose(source, planned, W_OI, record, writer[planned.name])
             else:
                 value = source.outer.tensor(direct_name(planned.name))
                 for rows in blocks(len(value)):
@@ -228,8 +235,17 @@ def _write_shard(
             advance(tensor_bytes(planned, dtypes) / 2**20, planned.name)
 
 
-def _compose(source: _Source, planned: PlannedWeight, W_OI: torch.Tensor, out_oi: torch.Tensor) -> None:
-    path = source.manifest.file(source.checkpoint, record_file(planned.name))
+def _verified(source: _Source, planned: PlannedWeight) -> tuple[torch.Tensor, Path | None]:
+    """A base weight and its record's file, read once and found to be what the manifest says.
+
+    This runs ahead on a thread: the disk and the hashing work while other matrices are multiplied. The base weight is
+    read even where no product needs it, so that another base is refused.
+    """
+    W_OI, name = source.base.tensor(planned.name), record_file(planned.name)
+    return W_OI, source.manifest.file(source.checkpoint, name) if name in source.manifest.files else None
+
+
+def _compose(source: _Source, planned: PlannedWeight, W_OI: torch.Tensor, path: Path, out_oi: torch.Tensor) -> None:
     record = TensorReader(read_header(path)[0])
     values = {name: record.tensor(name) for name in ("delta_out", "delta_in", "aux") if name in record.entries}
     kept_out, kept_in = kept_sides(planned, source.kept)

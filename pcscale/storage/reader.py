@@ -4,6 +4,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,18 +29,40 @@ TORCH_DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
+_ADVISED_BYTES = 2**20
+_advisor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+
+
+def read_ahead(file: Path, start: int, num_bytes: int) -> None:
+    """Have a part of a file read into the page cache while this thread goes on.
+
+    Linux reads only the first megabytes of one large request, so it is asked for a megabyte at a time, which takes a
+    while and so is done on a thread. Memory: file-backed only.
+    """
+
+    def advise() -> None:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            for offset in range(start, start + num_bytes, _ADVISED_BYTES):
+                os.posix_fadvise(handle, offset, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
+
+    if hasattr(os, "posix_fadvise"):
+        _advisor.submit(advise)
+
+
 class TensorReader:
     """Reads the tensors of a set of safetensors files, each file mapped once and shared by all processes."""
 
     def __init__(self, entries: dict[str, TensorEntry]) -> None:
         self.entries = entries
         self._maps: dict[Path, mmap.mmap] = {}
-        self._handles: dict[Path, int] = {}
 
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
-            self._handles[file] = os.open(file, os.O_RDONLY)
-            self._maps[file] = mmap.mmap(self._handles[file], 0, access=mmap.ACCESS_READ)
+            with file.open("rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[file]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -59,16 +82,11 @@ class TensorReader:
         return memoryview(self._map(entry.file))[entry.start : entry.start + entry.num_bytes]
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Ask the operating system to read these tensors soon; returns at once."""
+        """Have these tensors read into the page cache soon; returns at once."""
         for name in names:
             entry = self.entries[name]
-            self._map(entry.file)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._handles[entry.file], entry.start, entry.num_bytes, os.POSIX_FADV_WILLNEED)
+            read_ahead(entry.file, entry.start, entry.num_bytes)
 
     def close(self) -> None:
         """Let the files go. Views that are still alive keep their mapping."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
         self._maps.clear()
