@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pcscale.merging.merge import merge
     from pcscale.projection.starts import selection_start
     from pcscale.projection.sweep import ProjectedAdamW
-    from pcscale.training.state import save_state
+    from pcscale.training.state import load_state, save_state
     from pcscale.training.trainer import ProjectionCallback
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ _HOMES = {
     "plan_parameters": "pcscale.families.widths",
     "plan_widths": "pcscale.families.widths",
     "select": "pcscale.importance.select",
+    "load_state": "pcscale.training.state",
     "merge": "pcscale.merging.merge",
     "selection_start": "pcscale.projection.starts",
     "ProjectedAdamW": "pcscale.projection.sweep",
@@ -44,6 +45,7 @@ __all__ = [
     "__version__",
     "build_compressed",
     "collect_scores",
+    "load_state",
     "merge",
     "plan_keep",
     "plan_parameters",

@@ -63,18 +63,31 @@ class MappedBase:
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         found = fingerprint(self._reader.data(name))
-        expected = self._expected.get(name)
-        if expected is not None and expected != found:
-            raise RequestError(
-                f"{self._reader.entries[name].file}: {name} is not the weight this checkpoint was trained on "
-                f"(fingerprint {found[:12]}…, expected {expected[:12]}…). Use the same base and revision."
-            )
+        self._compare(name, found)
         # A matching fingerprint was finite when it was taken. The smallest and largest entry show any NaN or infinity.
-        if expected is None and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        if name not in self._expected and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
             raise RequestError(
                 f"{self._reader.entries[name].file}: {name} holds NaN or infinity. Fetch or copy the file again."
             )
         self.fingerprints[name] = found
+
+    def _compare(self, name: str, found: str) -> None:
+        expected = self._expected.get(name, found)
+        if expected != found:
+            raise RequestError(
+                f"{self._reader.entries[name].file}: {name} is not the weight this checkpoint was trained on "
+                f"(fingerprint {found[:12]}…, expected {expected[:12]}…). Use the same base and revision."
+            )
+
+    def expect(self, fingerprints: Mapping[str, str]) -> None:
+        """From now on this base must have these fingerprints.
+
+        Raises:
+            RequestError: a weight that was read already is another one.
+        """
+        self._expected = dict(fingerprints)
+        for name, found in self.fingerprints.items():
+            self._compare(name, found)
 
     def layer_names(self, layer: int | None) -> list[str]:
         """The tensors of one layer; of None, those outside the layers."""

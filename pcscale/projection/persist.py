@@ -14,6 +14,7 @@ from pcscale.storage.writer import write_tensors
 
 _DIRECT = "direct."
 _KEPT = "kept."
+_UPDATES = "updates"
 
 
 def write_state(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
@@ -32,7 +33,8 @@ def write_state(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
 
 def _outer_tensors(optimizer: ProjectedAdamW) -> dict[str, torch.Tensor]:
     direct = dict(pair for name, trained in optimizer.direct.items() for pair in trained.tensors(direct_name(name)))
-    return direct | {kept_entry(name): indices for name, indices in optimizer.kept.items()}
+    kept = {kept_entry(name): indices for name, indices in optimizer.kept.items()}
+    return direct | kept | {_UPDATES: torch.tensor(optimizer.updates)}
 
 
 def direct_name(name: str) -> str:
@@ -61,6 +63,7 @@ def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> N
         _fill(record.tensors(), manifest.file(folder, record_file(name)))
     outer = _outer_tensors(optimizer)
     _fill(outer, manifest.file(folder, OUTER_NAME))
+    optimizer.updates = int(outer[_UPDATES])
     for planned in optimizer.plan.matrices:
         if planned.name in optimizer.records:
             optimizer.records[planned.name].keep(planned, optimizer.kept)

@@ -31,7 +31,7 @@ class Base(Protocol):
 class ProjectedAdamW(torch.optim.Optimizer):
     """AdamW on the projections of a frozen base, for a stock model at the compressed size.
 
-    The model must hold the start already (`pcscale.start_model`). Gradients arrive in `parameter.grad` as always;
+    The model must hold the start already (`pcscale.selection_start`). Gradients arrive in `parameter.grad` as always;
     clip them, accumulate them and schedule `group["lr"]` as with any optimizer.
 
     Args:
@@ -149,11 +149,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 publish(parameter, self.direct[planned.name].value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the groups' settings; records are written by `pcscale.write_state`."""
+        """The number of updates and the groups' settings; records are written by `pcscale.save_state`."""
         return {**super().state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave; records are read by `pcscale.read_state`."""
+        """Take what `state_dict` gave; records are read by `pcscale.load_state`."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "updates"})
         self.updates = int(state_dict["updates"])
 

@@ -26,7 +26,6 @@ class TrainingState:
     Attributes:
         step: optimizer steps taken, skipped ones included.
         tokens: tokens trained on.
-        updates: steps that were not skipped: AdamW's own count.
         skipped_in_row, skipped: steps without an update, just now and in all.
         loss, eval_loss: the last known ones; None before the first.
         data: fingerprint of the token sets.
@@ -34,7 +33,6 @@ class TrainingState:
 
     step: int = 0
     tokens: int = 0
-    updates: int = 0
     skipped_in_row: int = 0
     skipped: int = 0
     loss: float | None = None
@@ -46,7 +44,6 @@ def save_checkpoint(
     folder: Path, state: TrainingState, optimizer: ProjectedAdamW, base: MappedBase, config: RunConfig
 ) -> None:
     """Write a checkpoint of a run: visible only when it is whole, without any base weight."""
-    state.updates = optimizer.updates
     trainer = asdict(state) | {"rng": _random_states(), "settings": config.model_dump(mode="json")}
     save_state(folder, state.step, optimizer, base, trainer)
 
@@ -75,6 +72,19 @@ def save_state(
             files=write_state(optimizer, temporary),
         )
         manifest.write(temporary)
+
+
+def load_state(folder: Path, optimizer: ProjectedAdamW, base: MappedBase) -> Manifest:
+    """Put what `save_state` wrote into an optimizer over the same plan, and publish every weight from it.
+
+    Raises:
+        RequestError: the checkpoint is of another base, plan or method, or a file is missing or was changed.
+    """
+    manifest = Manifest.read(folder)
+    check_checkpoint(manifest, optimizer.plan, "projected" if optimizer.project else "hard_prune", base)
+    base.expect(manifest.base_fingerprints)
+    read_state(optimizer, folder, manifest)
+    return manifest
 
 
 def check_checkpoint(manifest: Manifest, plan: Plan, method: str, base: MappedBase) -> None:
@@ -116,7 +126,6 @@ def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW)
     except (KeyError, TypeError) as error:
         raise RequestError(f"{folder / TRAINER_NAME} lacks {error}: the file was changed.") from None
     read_state(optimizer, folder, manifest)
-    optimizer.updates = state.updates
     _restore_random_states(random_states)
     return state
 

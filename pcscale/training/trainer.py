@@ -6,11 +6,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pcscale.base.mapped import MappedBase
-from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.errors import RequestError
-from pcscale.projection.persist import read_state
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.state import save_state
+from pcscale.training.state import load_state, save_state
 
 PROJECTION_NAME = "projection"
 
@@ -44,7 +42,7 @@ class ProjectionCallback(TrainerCallback):
         folder = _projection_folder(args, state)
         if not folder.exists():
             raise RequestError(f"{folder} does not exist, so the projections cannot be resumed. Keep it in output_dir.")
-        read_state(self.optimizer, folder, Manifest.read(folder))
+        load_state(folder, self.optimizer, self.base)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         save_state(_projection_folder(args, state), state.global_step, self.optimizer, self.base)

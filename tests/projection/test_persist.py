@@ -105,7 +105,8 @@ def test_every_matrix_has_its_file_in_the_safetensors_format(compression: Compre
     outer = load_file(tmp_path / OUTER_NAME)
     vectors = compression.weights.keys() - matrices
     parts = {f"direct.{name}{suffix}" for name in vectors for suffix in ("", ".exp_avg", ".exp_avg_sq")}
-    assert outer.keys() == parts | {"kept.residual", "kept.ffn.0", "kept.ffn.1"}
+    assert outer.keys() == parts | {"kept.residual", "kept.ffn.0", "kept.ffn.1", "updates"}
+    assert int(outer["updates"]) == optimizer.updates > 0
 
 
 def test_kept_indices_are_read_alone(compression: Compression, tmp_path: Path) -> None:
