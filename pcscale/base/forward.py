@@ -121,7 +121,7 @@ class LayerMajorModel:
             yield group
 
     def _embed(self, batch_BT: torch.Tensor) -> torch.Tensor:
-        """The first layer's input, and, for a new shape, what the stock forward hands to every layer."""
+        """The first layer's input; what the stock forward hands to every layer is kept by the batch's shape."""
         arguments: _LayerArguments = []
 
         def capture(hidden_BTH: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pcscale.common.errors import RequestError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+_FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 _CONFIG_ONLY = ["config.json"]
 
 
@@ -39,7 +39,9 @@ def resolve_base(name: str, config_only: bool = False) -> BaseFolder:
     from huggingface_hub import snapshot_download
 
     try:
-        fetched = Path(snapshot_download(name, allow_patterns=_CONFIG_ONLY if config_only else _FETCHED))
+        fetched = Path(
+            snapshot_download(name, allow_patterns=_CONFIG_ONLY if config_only else _FETCHED, ignore_patterns=["*/*"])
+        )
     except Exception as error:  # The client raises its own and its HTTP library's exceptions.
         reason = " ".join(str(error).split())[:200]
         raise RequestError(f"{name} is no local folder and could not be fetched from the Hub: {reason}") from None

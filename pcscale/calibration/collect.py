@@ -70,9 +70,6 @@ def _absolute_sum(activation: torch.Tensor) -> torch.Tensor:
     return activation.abs().sum(tuple(range(activation.ndim - 1)), dtype=torch.float32)
 
 
-SCORERS = ("activation", "magnitude", "random")
-
-
 def collect_scores(
     plan: Plan,
     base: MappedBase,

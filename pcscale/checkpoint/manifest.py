@@ -16,6 +16,7 @@ from pcscale.storage.hashing import fingerprint_file
 MANIFEST_NAME = "manifest.json"
 OUTER_NAME = "outer.safetensors"
 RECORDS_NAME = "records"
+TRAINER_NAME = "trainer.json"
 FORMAT_VERSION = 1
 
 

@@ -1,7 +1,7 @@
 """The compressed model: a stock transformers model at its new sizes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,9 +47,13 @@ def load_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> "PreTr
 
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        nn.Module.to(model, device)
-        return model.eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, found = loaded
     except Exception as error:  # transformers and safetensors raise many types.
         reason = " ".join(str(error).split())[:300]
         raise RequestError(f"{folder}: stock transformers cannot load it: {reason}") from None
+    if found["missing_keys"]:
+        # transformers would go on with random values in their place.
+        raise RequestError(f"{folder}: {min(found['missing_keys'])} is not in the weights. Copy the folder again.")
+    nn.Module.to(model, device)
+    return model.eval()

@@ -6,11 +6,9 @@ from typing import Any
 
 import yaml
 
-from pcscale.checkpoint.manifest import Manifest
+from pcscale.checkpoint.manifest import TRAINER_NAME, Manifest
 from pcscale.common.files import read_json, write_text
-from pcscale.common.units import format_count, short_name
-
-TRAINER_NAME = "trainer.json"
+from pcscale.common.units import format_count
 
 
 def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Path) -> None:
@@ -22,7 +20,8 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
     trainer = read_json(checkpoint / TRAINER_NAME) if (checkpoint / TRAINER_NAME).exists() else {}
     plan = manifest.plan
     front: dict[str, Any] = {
-        "base_model": short_name(manifest.base_name),
+        # A folder's path means nothing elsewhere.
+        "base_model": manifest.base_name if manifest.base_revision else Path(manifest.base_name).name,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["pcscale", "projected-compression" if manifest.method == "projected" else "pruned"],
@@ -34,7 +33,7 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
     lines = [
         f"# {Path(manifest.base_name).name} at {plan.keep_fraction:.1%} of its parameters",
         "",
-        f"Compressed with pcscale by {method}. An ordinary `{plan.config.get('architectures', ['model'])[0]}`: "
+        f"Compressed with pcscale by {method}. An ordinary `{(plan.config.get('architectures') or ['model'])[0]}`: "
         "it needs no extra code.",
         "",
         "| | base | this model |",
@@ -63,7 +62,11 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
 def base_licence(folder: Path) -> str | None:
     """The licence that the base's own card names; None where it names none."""
     card = folder / "README.md"
-    match = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    match = (
+        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        if card.is_file()
+        else None
+    )
     if not match:
         return None
     try:

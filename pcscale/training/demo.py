@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pcscale.common.console import console
-from pcscale.common.errors import RunError
+from pcscale.common.errors import RequestError, RunError
 from pcscale.common.files import published_folder, read_json, write_text
 from pcscale.config.schema import DataConfig, RunConfig
 from pcscale.training.pipeline import compress
@@ -83,6 +84,8 @@ def fetch_smollm2(cache: Path) -> Path:
     folder = cache / BASE_NAME
     if folder.exists():
         return folder
+    if find_spec("gguf") is None:
+        raise RequestError("the demo needs the package gguf to read its base. Run `pip install gguf`.")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         gguf = _fetch_gguf(Path(scratch))

@@ -10,6 +10,7 @@ from pcscale.common.errors import RequestError
 from pcscale.common.files import TEMPORARY_PREFIX, said_plainly, temporary_beside, write_text
 from pcscale.config.load import check_values, dump_run_config, read_values
 from pcscale.config.schema import RunConfig
+from pcscale.data.tokens import TOKENS_NAME
 
 SETTINGS_NAME = "run.yaml"
 STEP_PREFIX = "step-"
@@ -94,7 +95,8 @@ class RunFolder:
 
     def clear_results(self) -> None:
         """Forget what a run without a checkpoint has left: it begins anew, maybe on other text."""
-        for path in (self.scores, self.metrics, self.evaluation, self.merge_result, self.usage):
+        tokens = self.path / TOKENS_NAME
+        for path in (tokens, self.scores, self.metrics, self.evaluation, self.merge_result, self.usage):
             path.unlink(missing_ok=True)
 
     def prune_checkpoints(self, keep: int) -> None:

@@ -11,6 +11,7 @@ from pcscale.base.resolve import resolve_base
 from pcscale.calibration.collect import collect_scores, write_scores
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
+from pcscale.common.files import read_json
 from pcscale.compressed.model import load_stock
 from pcscale.config.load import check_values, read_values
 from pcscale.config.schema import RunConfig
@@ -30,6 +31,9 @@ def _device() -> torch.device:
 
 def calibrate(config: RunConfig) -> dict[str, Any]:
     """Write the scores of a base into `config.output`; returns what was done."""
+    output = Path(config.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise RequestError(f"{output} is no file that can be written: name one in a folder that exists.")
     source = resolve_base(config.base)
     base = MappedBase(source)
     whole = Plan(base.family, base.config, base.config["hidden_size"], base.config["intermediate_size"])
@@ -95,9 +99,9 @@ def verify(run: Path) -> dict[str, Any]:
     if checkpoint is None:
         raise RequestError(f"{run} has no checkpoint yet. Train first.")
     config = check_values(read_values(folder.settings), str(folder.settings))
-    merged = folder.merged if folder.merged.exists() else None
+    merged = folder.merged if folder.merged.exists() and _merged_step(folder) in (None, checkpoint.name) else None
     if merged is None:
-        console.warn(f"{folder.merged} is not there yet: merged weights were not compared")
+        console.warn(f"{folder.merged} is not of the last checkpoint: merged weights were not compared")
     manifest, base, checks = check_bytes(checkpoint, lambda expected: MappedBase(resolve_base(config.base), expected))
     checks += check_models(checkpoint, manifest, base, merged)
     return {
@@ -106,6 +110,11 @@ def verify(run: Path) -> dict[str, Any]:
         "checks": {check.name: {"found": check.found, "allowed": check.allowed} for check in checks},
         "rows": [[check.name, f"{check.found:.3g}", f"{check.allowed:.3g}"] for check in checks],
     }
+
+
+def _merged_step(folder: RunFolder) -> str | None:
+    """The checkpoint that `merged` was made from; None: nobody wrote it down."""
+    return read_json(folder.merge_result).get("checkpoint") if folder.merge_result.exists() else None
 
 
 def _vocab(base: MappedBase) -> int:

@@ -1,4 +1,4 @@
-"""The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder, each part once."""
+"""The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,14 +132,13 @@ class _Run:
 
     def calibrate(self) -> KeptIndices:
         config, setup = self.config, self.setup
-        if not self.folder.scores.exists():
-            with self._phase("calibrate"):
-                batches = calibration_batches(self.tokens.train_NT, config)
-                scores = collect_scores(
-                    setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
-                )
-                tokens = sum(batch.numel() for batch in batches) if config.importance == "activation" else 0
-                write_scores(self.folder.scores, scores, config.importance, tokens)
+        with self._phase("calibrate"):
+            batches = calibration_batches(self.tokens.train_NT, config)
+            scores = collect_scores(
+                setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
+            )
+            tokens = sum(batch.numel() for batch in batches) if config.importance == "activation" else 0
+            write_scores(self.folder.scores, scores, config.importance, tokens)
         return select(setup.plan, read_scores(self.folder.scores))
 
     @property
@@ -162,6 +161,7 @@ class _Run:
         config, setup = self.config, self.setup
         if manifest and manifest.step >= config.max_steps:
             console.say(f"training is complete at step {manifest.step}")
+            cut_metrics(self.folder.metrics, manifest.step)
             return
         with self._phase("train"):
             torch.manual_seed(config.seed)

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 
 from pcscale.base.mapped import MappedBase
-from pcscale.checkpoint.manifest import Manifest
+from pcscale.checkpoint.manifest import TRAINER_NAME, Manifest
 from pcscale.common.errors import RequestError
 from pcscale.common.files import published_folder, read_json, write_json
 from pcscale.config.schema import RunConfig
 from pcscale.families.plan import Plan
 from pcscale.projection.persist import read_state, write_state
 from pcscale.projection.sweep import ProjectedAdamW
-
-TRAINER_NAME = "trainer.json"
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import RunConfig
+from pcscale.storage.hashing import fingerprint
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -40,7 +41,9 @@ def _tensorboard(folder: Path) -> tuple[Log, Callable[[], None]]:
 def _wandb(folder: Path) -> tuple[Log, Callable[[], None]]:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    run = wandb.init(dir=folder, project="pcscale", name=folder.name, resume="allow", id=folder.name)
+    folder = folder.resolve()
+    run_id = fingerprint(str(folder).encode())[:16]  # Two runs may be in folders of one name.
+    run = wandb.init(dir=folder, project="pcscale", name=folder.name, resume="allow", id=run_id)
     return lambda row: run.log(row, step=row["step"]), run.finish
 
 

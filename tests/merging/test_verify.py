@@ -164,7 +164,7 @@ def test_a_run_that_is_not_merged_yet_is_verified_without_logits_and_says_so(
     assert document["passed"]
     assert LOGITS not in document["checks"]
     assert STEP in document["checks"]
-    assert "merged is not there yet: merged weights were not compared" in result.stderr
+    assert "merged is not of the last checkpoint: merged weights were not compared" in result.stderr
 
 
 def test_a_merged_folder_that_does_not_load_is_refused(run_folder: Callable[..., Path]) -> None:
