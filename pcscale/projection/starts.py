@@ -1,14 +1,11 @@
 """Starts: the compressed model before the first step."""
 
-from collections.abc import Callable
-
 import torch
 
 from pcscale.families.plan import Plan
+from pcscale.importance.score import ReadTensor
 from pcscale.importance.select import KeptIndices
 from pcscale.projection.record import kept_sides
-
-ReadTensor = Callable[[str], torch.Tensor]
 
 
 def selection_start(plan: Plan, kept: KeptIndices, read: ReadTensor) -> dict[str, torch.Tensor]:
