@@ -7,6 +7,7 @@ import torch
 
 from pcscale.base.checks import read_base_entries
 from pcscale.base.resolve import BaseFolder
+from pcscale.base.weight import FrozenWeight
 from pcscale.common.errors import RequestError
 from pcscale.families.hf_config import read_config
 from pcscale.families.registry import family_of
@@ -41,6 +42,8 @@ class MappedBase:
         self._expected = dict(expected or {})
         self.fingerprints: dict[str, str] = {}
         """By tensor name, of the tensors read so far."""
+        self.coded_fingerprints: dict[str, str] = {}
+        """Of 8-bit codes: there are none."""
 
     @property
     def num_layers(self) -> int:
@@ -60,6 +63,19 @@ class MappedBase:
         if name not in self.fingerprints:
             self._check(name, tensor)
         return tensor
+
+    def weight(self, name: str) -> FrozenWeight:
+        """One base matrix as the sweep reads it, on the host."""
+        return FrozenWeight(self.tensor(name))
+
+    def loss(self, name: str, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> torch.Tensor | None:
+        """What `weight` loses of the kept entries: nothing."""
+        return None
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """The tensors that `weight` is asked for."""
+        return [weight.name for weight in self.weights if weight.kind.is_matrix]
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         found = fingerprint(self._reader.data(name))

@@ -1,7 +1,7 @@
 """What a checkpoint is: the manifest that binds its files to each other and to the base."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ MANIFEST_NAME = "manifest.json"
 OUTER_NAME = "outer.safetensors"
 RECORDS_NAME = "records"
 TRAINER_NAME = "trainer.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: records in several precisions and ranks, and the 8-bit base, whose fields have the defaults of version 1."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Manifest:
         base_fingerprints: of every base weight, by tensor name.
         hidden_size, intermediate_size: the compressed model's widths.
         files: fingerprints of the checkpoint's tensor files, by path below its folder.
+        projection_rank: of D; None: D is kept whole.
+        coded_fingerprints: of the 8-bit codes of the base's matrices, by name; empty: training saw them as stored.
     """
 
     step: int
@@ -43,6 +46,8 @@ class Manifest:
     hidden_size: int
     intermediate_size: int
     files: dict[str, str]
+    projection_rank: int | None = None
+    coded_fingerprints: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
@@ -66,8 +71,10 @@ class Manifest:
             )
         values = read_json(folder / MANIFEST_NAME)
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise RequestError(f"{folder} has checkpoint format {version!r}, this version reads {FORMAT_VERSION}.")
+        if version not in (1, FORMAT_VERSION):
+            raise RequestError(
+                f"{folder} has checkpoint format {version!r}, this version reads 1 and {FORMAT_VERSION}."
+            )
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:

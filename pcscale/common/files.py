@@ -31,13 +31,22 @@ def said_plainly(path: Path) -> Iterator[None]:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Make what was written to a file, or the names in a folder, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never changed in place a second name; where the file system has no links, a synced copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync_to_disk(target)
 
 
 def temporary_beside(path: Path) -> Path:
@@ -59,11 +68,11 @@ def publish(temporary: Path, path: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
             temporary.rename(path)
-        sync_folder(path.parent)
+        sync_to_disk(path.parent)
         shutil.rmtree(old)
     else:
         temporary.replace(path)
-    sync_folder(path.parent)
+    sync_to_disk(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,7 +117,7 @@ def published_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            sync_folder(temporary)
+            sync_to_disk(temporary)
             publish(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -15,16 +15,21 @@ if TYPE_CHECKING:
 
 
 def build_compressed(
-    plan: Plan, tensors: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    plan: Plan,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype = torch.float32,
 ) -> "PreTrainedModel":
     """The stock model with the given weights, copied to the device.
 
     Args:
         plan: its sizes.
         tensors: every weight by name, in its compressed shape.
+        gradient_dtype: what the gradients of a bfloat16 model accumulate in, where torch can.
 
     Returns:
-        The model in training mode; with dtype bfloat16 its gradients accumulate in float32 where torch can.
+        The model in training mode.
     """
     model = empty_model(plan.config)
     fill(model, {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()})
@@ -32,7 +37,7 @@ def build_compressed(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         if dtype != torch.float32 and hasattr(parameter, "grad_dtype"):
-            parameter.grad_dtype = torch.float32
+            parameter.grad_dtype = gradient_dtype
     return model.train()
 
 

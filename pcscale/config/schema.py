@@ -13,6 +13,12 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
+def _check_rank(value: Any) -> Any:
+    if value != "full" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("expected full, or a number of at least 1")
+    return value
+
+
 def _check_size(value: Any) -> Any:
     parse_bytes(value)
     return str(value)
@@ -119,18 +125,30 @@ class RunConfig(BaseModel):
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(default=0, json_schema_extra=_TRAINING)
     """Seed of the data order and of random scores."""
 
-    base_home: Literal["disk"] = Field(default="disk", json_schema_extra=_MEMORY)
-    """Where the frozen base lives: `disk` maps its files."""
-    base_precision: Literal["stored"] = Field(default="stored", json_schema_extra=_MEMORY)
-    """The precision that the frozen base is kept in: `stored`, as its files have it."""
-    residency: Literal["device"] = Field(default="device", json_schema_extra=_MEMORY)
-    """Where records and moments live."""
-    record_dtype: Literal["float32"] = Field(default="float32", json_schema_extra=_MEMORY)
-    """The dtype of D and aux."""
-    moments: Literal["32bit"] = Field(default="32bit", json_schema_extra=_MEMORY)
-    """The precision of AdamW's moments."""
-    projection_rank: Literal["full"] = Field(default="full", json_schema_extra=_MEMORY)
-    """The rank of D."""
+    base_home: Literal["disk", "cpu", "device"] = Field(default="disk", json_schema_extra=_MEMORY)
+    """Where the frozen base lives: `disk` maps its files, `cpu` holds it in host memory (pinned where there is a GPU),
+    `device` beside the model."""
+    base_precision: Literal["stored", "int8"] = Field(default="stored", json_schema_extra=_MEMORY)
+    """The precision that training keeps the base's matrices in: `stored`, or `int8`, coded once into a file of the run
+    folder; the start is the same, since aux makes up for what 8 bits lose."""
+    residency: Literal["device", "cpu", "disk"] = Field(default="device", json_schema_extra=_MEMORY)
+    """Where records and moments live: on the `device`, in host memory (`cpu`, pinned where there is a GPU), or in files
+    of the run folder (`disk`). Only those of the matrices under way are on the device."""
+    record_dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_MEMORY)
+    """The dtype of D and aux; `bfloat16` is rounded stochastically."""
+    moments: Literal["32bit", "8bit"] = Field(default="32bit", json_schema_extra=_MEMORY)
+    """The precision of AdamW's moments; `8bit` is block-wise, and leaves tensors below 4096 values in 32 bits."""
+    projection_rank: Annotated[str | int, BeforeValidator(_check_rank)] = Field(
+        default="full", json_schema_extra=_MEMORY
+    )
+    """The rank of D: `full`, or a number, which makes D a product of two thin factors."""
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_MEMORY)
+    """The dtype that the gradients of the compressed weights accumulate in; `bfloat16` needs bf16."""
+    gradient_home: Literal["device", "cpu"] = Field(default="device", json_schema_extra=_MEMORY)
+    """Where those gradients accumulate."""
+    pinned_memory: Size | None = Field(default=None, json_schema_extra=_MEMORY)
+    """Cap on the host memory that residency takes: all records with `cpu`, buffers with `disk`. Absent: what lets
+    motion overlap with compute. Units: bytes."""
     deepspeed: None = Field(default=None, json_schema_extra=_MEMORY)
     """A DeepSpeed configuration file. Absent: one process without DeepSpeed."""
     max_memory: Size = Field(default="2GiB", json_schema_extra=_MEMORY)
@@ -174,11 +192,22 @@ class RunConfig(BaseModel):
             raise ValueError(f"{' and '.join(said)} both say the size: keep one of them")
         if self.method == "hard_prune" and self.aux_learning_rate is not None:
             raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
+        if self.gradient_dtype == "bfloat16" and not self.bf16:
+            raise ValueError("gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32")
+        if self.method == "hard_prune":
+            for key in ("base_home", "base_precision", "residency", "record_dtype", "moments", "projection_rank"):
+                if getattr(self, key) != RunConfig.model_fields[key].default:
+                    raise ValueError(f"{key} has no meaning with method hard_prune, which has no records: remove it")
         return self
 
     @property
     def aux_rate(self) -> float:
         return self.learning_rate if self.aux_learning_rate is None else self.aux_learning_rate
+
+    @property
+    def rank(self) -> int | None:
+        """`projection_rank` as a number; None: full."""
+        return self.projection_rank if isinstance(self.projection_rank, int) else None
 
     @property
     def sequences_per_step(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from pcscale.families import costs
 from pcscale.families.axes import FFN, PROJECTED_AXES, Q_HEADS, RESIDUAL, Sizes
 from pcscale.families.hf_config import compressed_config
 from pcscale.families.spec import Config, Family, Kind, Weight, is_tied, sizes_of
@@ -45,18 +46,18 @@ class PlannedWeight:
 
     @property
     def compose_flops(self) -> int:
-        """Floating-point operations of one compose, in the cheaper of its two orders (method, section 2)."""
-        if not self.is_matrix:
-            return 0
-        (base_out, base_in), (out, in_) = self.base_shape, self.shape
-        in_first = self.projects_in * base_out * base_in * in_ + self.projects_out * out * base_out * in_
-        out_first = self.projects_out * out * base_out * base_in + self.projects_in * out * base_in * in_
-        return 2 * min(in_first, out_first)
+        """Floating-point operations of one compose with whole projections (method, section 2)."""
+        return costs.compose_flops(*self._shapes) if self.is_matrix else 0
 
     @property
     def pull_back_flops(self) -> int:
-        """Operations of one pull-back: a product for each side's gradient, and with two sides two shared ones."""
-        return self.compose_flops * (2 if self.projects_out and self.projects_in else 1)
+        """Operations of one pull-back with whole projections."""
+        return costs.pull_back_flops(*self._shapes) if self.is_matrix else 0
+
+    @property
+    def _shapes(self) -> tuple[costs.Shape, costs.Shape]:
+        (O, I), (o, i) = self.base_shape, self.shape
+        return (O, I), (o, i)
 
 
 @dataclass(frozen=True)

@@ -82,21 +82,23 @@ def checkpoint_bytes(plan: Plan, config: RunConfig) -> int:
     return 3 * trainable * FLOAT_BYTES
 
 
-def merge_need_bytes(plan: Plan) -> int:
+def merge_need_bytes(plan: Plan, rank: int | None = None) -> int:
     """Anonymous memory that merging takes at most, the interpreter aside: the buffers of merging/blocks.py.
 
     They are used again from matrix to matrix, so each is as large as the matrix that needs most of it.
     """
-    sizes = [_merge_buffers(planned) for planned in plan.matrices]
+    sizes = [_merge_buffers(planned, rank) for planned in plan.matrices]
     return FLOAT_BYTES * sum(max(column) for column in zip(*sizes, strict=True))
 
 
-def _merge_buffers(planned: PlannedWeight) -> tuple[int, int, int, int]:
-    """Values of the buffers `in`, `out`, `base`, and of the results: kept entries, product and two conversions."""
+def _merge_buffers(planned: PlannedWeight, rank: int | None) -> tuple[int, int, int, int, int]:
+    """Values of the buffers `in`, `out`, `base`, of the factors of a low rank, and of the results: kept entries,
+    product and two conversions."""
     base_out, base_in = planned.base_shape
     rows, columns = min(base_out, MERGE_BLOCK), min(base_in, MERGE_BLOCK)
     in_side, out_side = base_in * columns * planned.projects_in, base_out * rows * planned.projects_out
-    return in_side, out_side, max(in_side, out_side), 4 * rows * columns
+    factors = (rank or 0) * (max(base_out, base_in) + MERGE_BLOCK)
+    return in_side, out_side, max(in_side, out_side), factors, 4 * rows * columns
 
 
 def phase_peaks(plan: Plan, config: RunConfig) -> dict[str, dict[str, int]]:

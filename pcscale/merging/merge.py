@@ -8,18 +8,21 @@ import dataclasses
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pcscale.base.int8 import CACHE_NAME, Int8Base
 from pcscale.base.mapped import MappedBase
+from pcscale.base.weight import FrozenWeight
 from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError, RunError
-from pcscale.common.files import publish, read_json, said_plainly, sync_folder, temporary_beside, write_json
+from pcscale.common.files import publish, read_json, said_plainly, sync_to_disk, temporary_beside, write_json
 from pcscale.common.units import format_bytes
 from pcscale.families.hf_config import CONFIG_NAME
 from pcscale.families.plan import Plan, PlannedWeight
@@ -29,9 +32,9 @@ from pcscale.memory.tracker import AnonymousPeak
 from pcscale.merging.blocks import Workspace, blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
-from pcscale.projection.algebra import Projection
+from pcscale.projection.layout import value_shapes
 from pcscale.projection.persist import direct_name, read_kept
-from pcscale.projection.record import kept_sides
+from pcscale.projection.record import Kept, projection_of
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.index import INDEX_NAME, SINGLE_NAME, read_header
 from pcscale.storage.reader import TORCH_DTYPES, TensorReader
@@ -81,6 +84,7 @@ class _Source:
     manifest: Manifest
     plan: Plan
     base: MappedBase
+    weights: MappedBase | Int8Base  # what the training saw of the base's matrices
     kept: KeptIndices
     outer: TensorReader
     workspace: Workspace
@@ -114,7 +118,7 @@ def merge(
     started = time.monotonic()
     manifest = Manifest.read(checkpoint)
     plan = manifest.plan
-    least = merge_need_bytes(plan)
+    least = merge_need_bytes(plan, manifest.projection_rank)
     if max_memory_bytes < least:
         raise BudgetError(
             f"max_memory {format_bytes(max_memory_bytes)} is too small: one block of the largest matrix takes "
@@ -132,9 +136,11 @@ def merge(
                 f"Use the base {manifest.base_name}."
             )
         outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
-        source = _Source(checkpoint, manifest, plan, base, read_kept(checkpoint, manifest), outer, Workspace())
-        dtypes = _output_dtypes(source, dtype)
-        bytes_written = _write_folder(source, output, dtypes, max_shard_bytes, resume)
+        with trained_weights(checkpoint, manifest, base, output) as weights:
+            kept = read_kept(checkpoint, manifest)
+            source = _Source(checkpoint, manifest, plan, base, weights, kept, outer, Workspace())
+            dtypes = _output_dtypes(source, dtype)
+            bytes_written = _write_folder(source, output, dtypes, max_shard_bytes, resume)
     return MergeResult(
         output=str(output),
         tensors=len(plan.weights),
@@ -144,6 +150,26 @@ def merge(
         peak_anonymous_bytes=peak.peak_bytes,
         max_memory_bytes=max_memory_bytes,
     )
+
+
+@contextmanager
+def trained_weights(
+    checkpoint: Path, manifest: Manifest, base: MappedBase, beside: Path
+) -> Iterator[MappedBase | Int8Base]:
+    """The base's matrices as the training saw them.
+
+    8-bit codes come from the run's cache. Where the checkpoint was moved away from it they are made again, in a file
+    beside `beside` that goes when the block ends.
+    """
+    if not manifest.coded_fingerprints:
+        yield base
+        return
+    cache = checkpoint.resolve().parent.parent / CACHE_NAME
+    scratch = temporary_beside(beside.resolve().with_name(f"{beside.resolve().name}-{CACHE_NAME}"))
+    try:
+        yield Int8Base(base, cache if cache.exists() else scratch, manifest.coded_fingerprints)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _output_dtypes(source: _Source, dtype: str | None) -> dict[str, torch.dtype]:
@@ -191,7 +217,7 @@ def _write_folder(
         bytes_written = sum((staging / shard.name).stat().st_size for shard in shards)
         _write_sidecars(source, staging, shards, dtypes)
         (staging / PROGRESS_NAME).unlink()
-        sync_folder(staging)
+        sync_to_disk(staging)
         publish(staging, output)
     return bytes_written
 
@@ -222,12 +248,12 @@ def _write_shard(
     with ShardWriter(path, shapes, {"format": "pt"}) as writer, ThreadPoolExecutor(1, "verify") as pool:
         ahead = deque(pool.submit(_verified, source, planned) for planned in shard.weights[:VERIFY_AHEAD])
         for position, planned in enumerate(shard.weights):
-            W_OI, record = ahead.popleft().result()
+            weight, record = ahead.popleft().result()
             ahead.extend(
                 pool.submit(_verified, source, later) for later in shard.weights[position + VERIFY_AHEAD :][:1]
             )
-            if record is not None:
-                _compose(source, planned, W_OI, record, writer[planned.name])
+            if weight is not None and record is not None:
+                _compose(source, planned, weight, record, writer[planned.name])
             else:
                 value = source.outer.tensor(direct_name(planned.name))
                 for rows in blocks(len(value)):
@@ -235,22 +261,24 @@ def _write_shard(
             advance(tensor_bytes(planned, dtypes) / 2**20, planned.name)
 
 
-def _verified(source: _Source, planned: PlannedWeight) -> tuple[torch.Tensor, Path | None]:
+def _verified(source: _Source, planned: PlannedWeight) -> tuple[FrozenWeight | None, Path | None]:
     """A base weight and its record's file, read once and found to be what the manifest says.
 
     This runs ahead on a thread: the disk and the hashing work while other matrices are multiplied. The base weight is
     read even where no product needs it, so that another base is refused.
     """
-    W_OI, name = source.base.tensor(planned.name), record_file(planned.name)
-    return W_OI, source.manifest.file(source.checkpoint, name) if name in source.manifest.files else None
+    source.base.tensor(planned.name)
+    name = record_file(planned.name)
+    if name not in source.manifest.files:
+        return None, None
+    return source.weights.weight(planned.name), source.manifest.file(source.checkpoint, name)
 
 
-def _compose(source: _Source, planned: PlannedWeight, W_OI: torch.Tensor, path: Path, out_oi: torch.Tensor) -> None:
+def _compose(source: _Source, planned: PlannedWeight, weight: FrozenWeight, path: Path, out_oi: torch.Tensor) -> None:
     record = TensorReader(read_header(path)[0])
-    values = {name: record.tensor(name) for name in ("delta_out", "delta_in", "aux") if name in record.entries}
-    kept_out, kept_in = kept_sides(planned, source.kept)
-    projection = Projection(kept_out, values.get("delta_out"), kept_in, values.get("delta_in"), values["aux"])
-    compose_into(out_oi, W_OI, projection, source.workspace)
+    values = {name: record.tensor(name) for name in value_shapes(planned, source.manifest.projection_rank)}
+    kept = Kept.of(planned, source.kept, torch.device("cpu"))
+    compose_into(out_oi, weight, projection_of(kept, values), source.workspace)
     record.close()
 
 

@@ -1,21 +1,30 @@
 """Whether a checkpoint and its merged model are what they claim: bytes, one step, weights and logits."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
-from pcscale.checkpoint.manifest import Manifest
+from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.compressed.model import build_compressed, load_stock
 from pcscale.families.hf_config import read_config, stored_dtype
-from pcscale.projection.persist import read_kept, read_state
-from pcscale.projection.record import MatrixRecord
-from pcscale.projection.starts import selection_start
+from pcscale.families.plan import Plan, PlannedWeight
+from pcscale.merging.merge import trained_weights
+from pcscale.projection import algebra
+from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, RecordFormat
+from pcscale.projection.persist import UPDATES, direct_name, read_kept
+from pcscale.projection.record import Kept, MatrixRecord, Moment, Trained
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.storage.blockwise import Blockwise
+from pcscale.storage.index import read_header
+from pcscale.storage.reader import TensorReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +35,7 @@ LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 """The rounding of the merged dtype."""
 _PROBE_RATE = 1e-3
 _PROBE_TOKENS = 64
+_STEP_CHECK = "streamed step, largest difference from the in-memory one (of the change)"
 
 
 @dataclass(frozen=True)
@@ -57,21 +67,37 @@ def check_bytes(
     return manifest, base, [Check("checkpoint files changed", 0, 0), Check("base weights changed", 0, 0)]
 
 
-def _live(checkpoint: Path, manifest: Manifest, base: MappedBase) -> tuple["PreTrainedModel", ProjectedAdamW]:
-    """The live model in float32, composed from the checkpoint, and its optimizer. Memory: as in training."""
-    plan, kept = manifest.plan, read_kept(checkpoint, manifest)
-    start = selection_start(plan, kept, base.tensor)
-    model = build_compressed(plan, start, torch.device("cpu"), torch.float32)
-    optimizer = ProjectedAdamW(model, plan, base, kept, lr=_PROBE_RATE, project=manifest.method == "projected")
-    read_state(optimizer, checkpoint, manifest)
-    return model.eval(), optimizer
-
-
 def check_models(checkpoint: Path, manifest: Manifest, base: MappedBase, merged: Path | None) -> list[Check]:
-    """Merged against live logits (where there is a merged model), and a streamed against an in-memory step."""
-    model, optimizer = _live(checkpoint, manifest, base)
-    checks = [_check_logits(model, merged, manifest.step)] if merged else []
-    return [*checks, _check_step(model, optimizer, base, manifest.step)]
+    """Merged against live logits (where there is a merged model), and a streamed against an in-memory step.
+
+    Memory: the compressed model in float32, twice with `merged`, and the records of one matrix of each shape.
+    """
+    with trained_weights(checkpoint, manifest, base, checkpoint) as weights:
+        checks = [_check_logits(_live(checkpoint, manifest, weights), merged, manifest.step)] if merged else []
+        return [*checks, _check_step(checkpoint, manifest, weights)]
+
+
+@torch.no_grad()
+def _live(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) -> "PreTrainedModel":
+    """The compressed model in float32, composed from the checkpoint."""
+    outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
+    tensors: dict[str, torch.Tensor] = {}
+    for planned in manifest.plan.weights:
+        if record_file(planned.name) in manifest.files:
+            record = _record(checkpoint, manifest, planned)
+            tensors[planned.name] = algebra.compose(
+                weights.weight(planned.name).rows(torch.float32), record.projection(torch.float32)
+            )
+        else:
+            tensors[planned.name] = outer.tensor(direct_name(planned.name))
+    return build_compressed(manifest.plan, tensors, torch.device("cpu"), torch.float32).eval()
+
+
+def _record(checkpoint: Path, manifest: Manifest, planned: PlannedWeight) -> MatrixRecord:
+    """A matrix's record as it lies in the checkpoint: mapped."""
+    reader = TensorReader(read_header(manifest.file(checkpoint, record_file(planned.name)))[0])
+    kept = Kept.of(planned, read_kept(checkpoint, manifest), torch.device("cpu"))
+    return MatrixRecord.of(kept, {name: reader.tensor(name) for name in reader.entries})
 
 
 @torch.no_grad()
@@ -86,37 +112,87 @@ def _check_logits(live: "PreTrainedModel", merged: Path, seed: int) -> Check:
     return Check("merged logits, largest difference from live ones (of the largest)", difference, tolerance)
 
 
-def _check_step(model: nn.Module, optimizer: ProjectedAdamW, base: MappedBase, seed: int) -> Check:
-    """One matrix of each shape takes a step on a random gradient, in the sweep and with autograd and torch's AdamW."""
-    parameters = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class _PartOfPlan(Plan):
+    """The plan of a model that has only some of the weights."""
+
+    part: tuple[PlannedWeight, ...] = ()
+
+    @cached_property
+    def weights(self) -> tuple[PlannedWeight, ...]:
+        return self.part
+
+
+def _check_step(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) -> Check:
+    """One matrix of each shape takes a step on a random gradient, in the sweep and with autograd and torch's AdamW.
+
+    Both begin with the checkpoint's values and moments and go on in float32: what is compared is the sweep, not the
+    rounding of records.
+    """
+    plan = manifest.plan
+    probed = {(*planned.base_shape, *planned.shape): planned for planned in plan.matrices}.values()
+    probed = tuple(planned for planned in probed if record_file(planned.name) in manifest.files)
+    if not probed:
+        return Check(_STEP_CHECK, 0, STEP_TOLERANCE)
+    generator = torch.Generator().manual_seed(manifest.step)
+    model = nn.Module()
+    for planned in probed:
+        _add_parameter(model, planned.name, torch.zeros(planned.shape))
+    part = _PartOfPlan(plan.family, plan.base_config, plan.hidden_size, plan.intermediate_size, probed)
+    form, kept = RecordFormat(rank=manifest.projection_rank), read_kept(checkpoint, manifest)
+    optimizer = ProjectedAdamW(model, part, weights, kept, lr=_PROBE_RATE, form=form)
+    optimizer.updates = int(TensorReader(read_header(checkpoint / OUTER_NAME)[0]).tensor(UPDATES))
     expected: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, ...]] = set()
-    for planned in optimizer.plan.matrices:
-        shapes = (*planned.base_shape, *planned.shape)
-        if planned.name in optimizer.records and shapes not in seen:
-            seen.add(shapes)
-            G_oi = torch.randn(planned.shape, generator=generator)
-            parameters[planned.name].grad = G_oi
-            W_OI = base.tensor(planned.name).float()
-            expected[planned.name] = _in_memory_step(W_OI, optimizer.records[planned.name], G_oi, optimizer)
-    before = {name: parameters[name].detach().clone() for name in expected}
+    for planned in probed:
+        record = _in_float32(_record(checkpoint, manifest, planned))
+        optimizer.records.home.create(planned.name, record.tensors())
+        G_oi = torch.randn(planned.shape, generator=generator)
+        model.get_parameter(planned.name).grad = G_oi
+        W_OI = weights.weight(planned.name).rows(torch.float32)
+        expected[planned.name] = _in_memory_step(W_OI, record, G_oi, optimizer)
+    optimizer.compose_all()
+    before = {planned.name: model.get_parameter(planned.name).detach().clone() for planned in probed}
     optimizer.step()
     differences = [
-        (parameters[name].detach() - w_oi).abs().max() / (w_oi - before[name]).abs().max()
+        (model.get_parameter(name).detach() - w_oi).abs().max() / (w_oi - before[name]).abs().max()
         for name, w_oi in expected.items()
     ]
-    worst = torch.tensor([0.0, *differences]).max().item()  # A difference that is not a number stays one, and fails.
-    return Check("streamed step, largest difference from the in-memory one (of the change)", worst, STEP_TOLERANCE)
+    worst = torch.stack(differences).max().item()  # A difference that is not a number stays one, and fails.
+    return Check(_STEP_CHECK, worst, STEP_TOLERANCE)
+
+
+def _add_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a parameter under a dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in dict(model.named_children()):
+            model.add_module(part, nn.Module())
+        model = model.get_submodule(part)
+    model.register_parameter(last, nn.Parameter(value))
+
+
+def _in_float32(record: MatrixRecord) -> MatrixRecord:
+    """The same record with values and moments in float32, in memory."""
+
+    def whole(stored: Moment) -> torch.Tensor:
+        return stored.decode() if isinstance(stored, Blockwise) else stored.to(torch.float32, copy=True)
+
+    parts = {
+        name: Trained(whole(part.value), whole(part.exp_avg), whole(part.exp_avg_sq))
+        for name, part in record.parts.items()
+    }
+    return MatrixRecord(record.kept, parts)
 
 
 def _in_memory_step(
     W_OI: torch.Tensor, record: MatrixRecord, G_oi: torch.Tensor, optimizer: ProjectedAdamW
 ) -> torch.Tensor:
-    """The weight after a step that keeps every projection as an autograd leaf of torch's own AdamW."""
+    """The weight after a step that keeps every trainable value as an autograd leaf of torch's own AdamW."""
     leaves = {name: part.value.clone().requires_grad_() for name, part in record.parts.items()}
     adamw = torch.optim.AdamW(leaves.values(), lr=_PROBE_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for name, part in record.parts.items():
+        assert isinstance(part.exp_avg, torch.Tensor)
+        assert isinstance(part.exp_avg_sq, torch.Tensor)
         adamw.state[leaves[name]] = {
             "step": torch.tensor(float(optimizer.updates)),
             "exp_avg": part.exp_avg.clone(),
@@ -124,20 +200,21 @@ def _in_memory_step(
         }
 
     def composed() -> torch.Tensor:
-        p_out = _whole(record.kept_out, leaves.get("delta_out"), 0)
-        p_in = _whole(record.kept_in, leaves.get("delta_in"), 1)
+        p_out = _whole(record.kept.out, [leaves[name] for name in reversed(DELTA_OUT) if name in leaves], 0)
+        p_in = _whole(record.kept.in_, [leaves[name] for name in DELTA_IN if name in leaves], 1)
         w_oi = W_OI if p_out is None else p_out @ W_OI
-        return (w_oi if p_in is None else w_oi @ p_in) + leaves["aux"]
+        return (w_oi if p_in is None else w_oi @ p_in) + leaves[AUX]
 
     composed().backward(G_oi)
     adamw.step()
     return composed().detach()
 
 
-def _whole(kept: torch.Tensor | None, delta: torch.Tensor | None, dim: int) -> torch.Tensor | None:
-    """The projection S + D as one matrix; None: the side keeps its size."""
-    if kept is None or delta is None:
+def _whole(kept: torch.Tensor | None, factors: list[torch.Tensor], dim: int) -> torch.Tensor | None:
+    """The projection S + D as one matrix, D the product of its factors; None: the side keeps its size."""
+    if kept is None:
         return None
+    delta = functools.reduce(torch.matmul, factors)
     rows = torch.arange(len(kept))
     selection = torch.zeros_like(delta)
     selection[(rows, kept) if dim == 0 else (kept, rows)] = 1.0

@@ -1,42 +1,99 @@
-"""One AdamW update of one tensor, through torch's own fused kernel."""
+"""One AdamW update of one tensor, in whatever precision it is kept, through torch's own fused kernel."""
+
+from dataclasses import dataclass
 
 import torch
 from torch.optim.adamw import adamw
 
-from pcscale.projection.record import Trained
+from pcscale.projection.record import Moment, Trained
+from pcscale.projection.rounding import NoiseKey, round_stochastically
+from pcscale.storage.blockwise import Blockwise
+
+CHUNK_VALUES = {"cpu": 2**18, "cuda": 2**24}
+"""Values that are updated at a time where they are kept in fewer bits: what fits a processor's cache, or enough to keep
+a GPU busy. The result does not depend on it."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """The settings of one update.
+
+    Attributes:
+        updates: made before this one.
+        weight_decay: decoupled: a value moves by `rate * weight_decay` of itself towards where it began.
+
+    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+    """
+
+    updates: int
+    rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
 
 
 def update(
     trained: Trained,
     gradient: torch.Tensor,
-    steps: int,
-    rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
+    settings: AdamW,
+    key: NoiseKey = 0,
+    start: torch.Tensor | None = None,
 ) -> None:
-    """Update a float32 value and its moments in place, in one pass over memory.
+    """Update a value and its moments in place.
 
     Args:
-        gradient: float32, in the value's shape and on its device.
-        steps: updates made before this one.
-        weight_decay: decoupled: the value shrinks by `rate * weight_decay` of itself.
+        gradient: in the value's shape, on its device, of any floating-point dtype.
+        key: of the stochastic rounding where the value is kept in bfloat16.
+        start: what weight decay pulls towards; None: zero.
 
-    Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+    Memory: with values or moments in fewer than 32 bits, float32 copies of one chunk at a time.
     """
+    exact = (trained.value, trained.exp_avg, trained.exp_avg_sq, gradient)
+    if start is None and all(isinstance(part, torch.Tensor) and part.dtype == torch.float32 for part in exact):
+        _fused(trained.value, gradient, _float(trained.exp_avg), _float(trained.exp_avg_sq), settings)
+        return
+    flat, flat_gradient = trained.value.view(-1), gradient.reshape(-1)
+    chunk = CHUNK_VALUES[flat.device.type]
+    for first in range(0, len(flat), chunk):
+        last = min(first + chunk, len(flat))
+        value, exp_avg, exp_avg_sq = (
+            _float(_part(stored, first, last)) for stored in (flat, trained.exp_avg, trained.exp_avg_sq)
+        )
+        _fused(value, flat_gradient[first:last].float(), exp_avg, exp_avg_sq, settings)
+        if start is not None:
+            value.add_(start.view(-1)[first:last], alpha=settings.rate * settings.weight_decay)
+        for stored, moment in ((trained.exp_avg, exp_avg), (trained.exp_avg_sq, exp_avg_sq)):
+            if isinstance(stored, Blockwise):
+                stored.part(first, last).encode(moment)
+        if flat.dtype == torch.bfloat16:
+            round_stochastically(value, key, first, flat[first:last])
+
+
+def _part(stored: Moment, first: int, last: int) -> Moment:
+    return stored.part(first, last) if isinstance(stored, Blockwise) else stored.view(-1)[first:last]
+
+
+def _float(stored: Moment) -> torch.Tensor:
+    """Float32 values: a view where they are kept so."""
+    return stored.decode() if isinstance(stored, Blockwise) else stored.float()
+
+
+def _fused(
+    value: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, settings: AdamW
+) -> None:
     adamw(
-        [trained.value],
+        [value],
         [gradient],
-        [trained.exp_avg],
-        [trained.exp_avg_sq],
+        [exp_avg],
+        [exp_avg_sq],
         [],
-        [torch.tensor(float(steps), device=trained.value.device)],
+        [torch.tensor(float(settings.updates), device=value.device)],
         fused=True,
         amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=rate,
-        weight_decay=weight_decay,
-        eps=epsilon,
+        beta1=settings.betas[0],
+        beta2=settings.betas[1],
+        lr=settings.rate,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
         maximize=False,
     )

@@ -2,10 +2,10 @@
 
 A base weight `W_OI` is projected to `w_oi = p_out_oO @ W_OI @ p_in_Ii + aux_oi`. Both projections are in delta form,
 `p = S + D` with S the fixed selection of the kept indices, so `W @ p_in = W[:, kept] + W @ D` and a zero D is exactly
-the hard-pruned weight, to the last bit.
+the hard-pruned weight, to the last bit. A D of low rank is `U V`, which is never formed.
 
-Legend: O, I base sizes of the out and in side; o, i compressed sizes; a side that keeps its size has neither kept
-indices nor D (None).
+Legend: O, I base sizes of the out and in side; o, i compressed sizes; r the rank of D; x any size. A side that keeps
+its size has no projection (None).
 
 Source: Stefaniak et al., Projected Compression, arXiv:2506.22255 (2025); delta form: docs/decisions/0002.
 """
@@ -14,52 +14,65 @@ from dataclasses import dataclass
 
 import torch
 
+from pcscale.families.costs import out_side_first
+
+Factors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One projection `p = S + D`.
+
+    Attributes:
+        kept: `[o]` or `[i]` int64, what S selects of the base's axis.
+        factors: `(D,)` with D `[o, O]` or `[I, i]`; or `(U, V)`, U on the base's axis: `U_rO` and `V_or`, or `U_Ir` and
+            `V_ri`.
+    """
+
+    kept: torch.Tensor
+    factors: Factors
+
 
 @dataclass(frozen=True)
 class Projection:
-    """The trainable values and the start of one matrix.
+    """The trainable values and the start of one matrix, all in one dtype and on one device.
 
     Attributes:
-        kept_out: `[o]` int64 kept rows of W; None: the out side keeps its size.
-        delta_out: `[o, O]`; None with kept_out.
-        kept_in: `[i]` int64 kept columns of W; None: the in side keeps its size.
-        delta_in: `[I, i]`; None with kept_in.
+        out, in_: None: the side keeps its size.
         aux: `[o, i]`.
     """
 
-    kept_out: torch.Tensor | None
-    delta_out: torch.Tensor | None
-    kept_in: torch.Tensor | None
-    delta_in: torch.Tensor | None
+    out: Side | None
+    in_: Side | None
     aux: torch.Tensor
+
+    @property
+    def rank(self) -> int | None:
+        side = self.in_ or self.out
+        # The in side's U is [I, r], the out side's [r, O].
+        return None if side is None or len(side.factors) == 1 else side.factors[0].shape[1 if self.in_ else 0]
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of one matrix's trainable values, in their shapes."""
+    """The gradients of one matrix's trainable values, in the order and the shapes of their factors."""
 
-    delta_out: torch.Tensor | None
-    delta_in: torch.Tensor | None
+    out: Factors
+    in_: Factors
     aux: torch.Tensor
 
 
-def out_side_first(O: int, I: int, o: int, i: int) -> bool:
-    """Whether `(p_out @ W) @ p_in` takes fewer operations than `p_out @ (W @ p_in)`; the pull-back follows suit."""
-    return o * I * (O + i) < O * i * (I + o)
-
-
-def project_in(X_xI: torch.Tensor, kept_i: torch.Tensor | None, D_Ii: torch.Tensor | None) -> torch.Tensor:
+def project_in(X_xI: torch.Tensor, side: Side | None) -> torch.Tensor:
     """`X @ p_in` as `[x, i]`: the kept columns and the change."""
-    if kept_i is None or D_Ii is None:
-        return X_xI
-    return torch.addmm(X_xI.index_select(1, kept_i), X_xI, D_Ii)
+    return X_xI if side is None else _add_kept_columns(X_xI, side, _inner(X_xI, side))
 
 
-def project_out(X_Ox: torch.Tensor, kept_o: torch.Tensor | None, D_oO: torch.Tensor | None) -> torch.Tensor:
+def project_out(X_Ox: torch.Tensor, side: Side | None) -> torch.Tensor:
     """`p_out @ X` as `[o, x]`: the kept rows and the change."""
-    if kept_o is None or D_oO is None:
+    if side is None:
         return X_Ox
-    return torch.addmm(X_Ox.index_select(0, kept_o), D_oO, X_Ox)
+    inner = X_Ox if len(side.factors) == 1 else side.factors[0] @ X_Ox
+    return torch.addmm(X_Ox.index_select(0, side.kept), side.factors[-1], inner)
 
 
 def compose(W_OI: torch.Tensor, projection: Projection, out_first: bool | None = None) -> torch.Tensor:
@@ -75,19 +88,21 @@ def compose(W_OI: torch.Tensor, projection: Projection, out_first: bool | None =
     """
     p = projection
     if _order(W_OI, p, out_first):
-        w_oi = project_in(project_out(W_OI, p.kept_out, p.delta_out), p.kept_in, p.delta_in)
+        w_oi = project_in(project_out(W_OI, p.out), p.in_)
     else:
-        w_oi = project_out(project_in(W_OI, p.kept_in, p.delta_in), p.kept_out, p.delta_out)
-    return w_oi + p.aux
+        w_oi = project_out(project_in(W_OI, p.in_), p.out)
+    # With a side that is projected the product is ours to add to.
+    return w_oi + p.aux if w_oi is W_OI else w_oi.add_(p.aux)
 
 
 def pull_back(
     W_OI: torch.Tensor, projection: Projection, G_oi: torch.Tensor, out_first: bool | None = None
 ) -> Gradients:
-    """The gradients of D_out, D_in and aux, given `G_oi`, the gradient of the compressed weight.
+    """The gradients of both D and of aux, given `G_oi`, the gradient of the compressed weight.
 
     `dD_out = G (W p_in)ᵀ`, `dD_in = Wᵀ (p_outᵀ G)`; out side first, `dD_out = (G p_inᵀ) Wᵀ`, `dD_in = (p_out W)ᵀ G`;
-    `daux = G`, which is returned itself, not copied.
+    `daux = G`, which is returned itself, not copied. A D = U V passes its gradient on: `dU = dD Vᵀ`, `dV = Uᵀ dD`, each
+    multiplied from its thin end.
 
     Args:
         W_OI: the base weight, in the dtype of the products.
@@ -95,25 +110,66 @@ def pull_back(
         G_oi: `[o, i]`, likewise.
         out_first: the multiplication order; None: the cheaper one.
 
-    Memory: at most one temporary beside the gradients at a time.
+    Memory: at most one temporary of `[O, i]` or `[o, I]` beside the gradients at a time.
     """
     p = projection
-    if p.delta_out is None or p.delta_in is None:
-        grad_out = None if p.delta_out is None else G_oi @ W_OI.T
-        grad_in = None if p.delta_in is None else W_OI.T @ G_oi
+    if p.out is None or p.in_ is None:
+        out = () if p.out is None else _out_gradients(G_oi, W_OI, p.out)
+        in_ = () if p.in_ is None else _in_gradients(W_OI, G_oi, p.in_, _inner(W_OI, p.in_))
     elif _order(W_OI, p, out_first):
-        grad_in = project_out(W_OI, p.kept_out, p.delta_out).T @ G_oi
-        grad_out = _add_at(G_oi @ p.delta_in.T, 1, p.kept_in, G_oi) @ W_OI.T
+        Y_oI = project_out(W_OI, p.out)
+        in_ = _in_gradients(Y_oI, G_oi, p.in_, _inner(Y_oI, p.in_))
+        del Y_oI
+        out = _out_gradients(_project_in_transposed(G_oi, p.in_), W_OI, p.out)
     else:
-        grad_out = G_oi @ project_in(W_OI, p.kept_in, p.delta_in).T
-        grad_in = W_OI.T @ _add_at(p.delta_out.T @ G_oi, 0, p.kept_out, G_oi)
-    return Gradients(grad_out, grad_in, G_oi)
+        inner = _inner(W_OI, p.in_)
+        out = _out_gradients(G_oi, _add_kept_columns(W_OI, p.in_, inner), p.out)
+        in_ = _in_gradients(W_OI, _project_out_transposed(G_oi, p.out), p.in_, inner)
+    return Gradients(out, in_, G_oi)
 
 
-def _add_at(product: torch.Tensor, dim: int, kept: torch.Tensor | None, G_oi: torch.Tensor) -> torch.Tensor:
-    """Add the share of the selection S to a product with D, in place."""
-    return product if kept is None else product.index_add_(dim, kept, G_oi)
+def _inner(X_xI: torch.Tensor, side: Side) -> torch.Tensor:
+    """What the last factor multiplies: X itself, or `X @ U`."""
+    return X_xI if len(side.factors) == 1 else X_xI @ side.factors[0]
+
+
+def _add_kept_columns(X_xI: torch.Tensor, side: Side, inner: torch.Tensor) -> torch.Tensor:
+    return torch.addmm(X_xI.index_select(1, side.kept), inner, side.factors[-1])
+
+
+def _project_out_transposed(G_ox: torch.Tensor, side: Side) -> torch.Tensor:
+    """`p_outᵀ @ G` as `[O, x]`."""
+    product = side.factors[-1].T @ G_ox
+    if len(side.factors) == 2:
+        product = side.factors[0].T @ product
+    return product.index_add_(0, side.kept, G_ox)
+
+
+def _project_in_transposed(G_xi: torch.Tensor, side: Side) -> torch.Tensor:
+    """`G @ p_inᵀ` as `[x, I]`."""
+    product = G_xi @ side.factors[-1].T
+    if len(side.factors) == 2:
+        product = product @ side.factors[0].T
+    return product.index_add_(1, side.kept, G_xi)
+
+
+def _out_gradients(left_ox: torch.Tensor, right_Ox: torch.Tensor, side: Side) -> Factors:
+    """Of D_out, whose whole gradient is `left @ rightᵀ`."""
+    if len(side.factors) == 1:
+        return (left_ox @ right_Ox.T,)
+    U_rO, V_or = side.factors
+    return (V_or.T @ left_ox) @ right_Ox.T, left_ox @ (U_rO @ right_Ox).T
+
+
+def _in_gradients(left_xI: torch.Tensor, right_xi: torch.Tensor, side: Side, inner: torch.Tensor) -> Factors:
+    """Of D_in, whose whole gradient is `leftᵀ @ right`; `inner` is `_inner(left, side)`."""
+    if len(side.factors) == 1:
+        return (left_xI.T @ right_xi,)
+    return left_xI.T @ (right_xi @ side.factors[1].T), inner.T @ right_xi
 
 
 def _order(W_OI: torch.Tensor, projection: Projection, out_first: bool | None) -> bool:
-    return out_side_first(*W_OI.shape, *projection.aux.shape) if out_first is None else out_first
+    if out_first is not None:
+        return out_first
+    (O, I), (o, i) = W_OI.shape, projection.aux.shape
+    return out_side_first((O, I), (o, i), projection.rank)

@@ -9,12 +9,12 @@ from pcscale.common.errors import RequestError
 from pcscale.importance.select import KeptIndices
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.storage.index import read_header
-from pcscale.storage.reader import TensorReader
+from pcscale.storage.reader import DTYPE_NAMES, TensorReader
 from pcscale.storage.writer import write_tensors
 
 _DIRECT = "direct."
 _KEPT = "kept."
-_UPDATES = "updates"
+UPDATES = "updates"
 
 
 def write_state(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
@@ -23,10 +23,7 @@ def write_state(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
     Returns:
         Fingerprints by path below the folder, for the manifest.
     """
-    files = {
-        record_file(name): write_tensors(folder / record_file(name), record.tensors())
-        for name, record in optimizer.records.items()
-    }
+    files = {record_file(name): optimizer.records.save(name, folder / record_file(name)) for name in optimizer.records}
     files[OUTER_NAME] = write_tensors(folder / OUTER_NAME, _outer_tensors(optimizer))
     return files
 
@@ -34,7 +31,7 @@ def write_state(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
 def _outer_tensors(optimizer: ProjectedAdamW) -> dict[str, torch.Tensor]:
     direct = dict(pair for name, trained in optimizer.direct.items() for pair in trained.tensors(direct_name(name)))
     kept = {kept_entry(name): indices for name, indices in optimizer.kept.items()}
-    return direct | kept | {_UPDATES: torch.tensor(optimizer.updates)}
+    return direct | kept | {UPDATES: torch.tensor(optimizer.updates)}
 
 
 def direct_name(name: str) -> str:
@@ -59,24 +56,25 @@ def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> N
     Raises:
         RequestError: a file is missing, changed or of other shapes.
     """
-    for name, record in optimizer.records.items():
-        _fill(record.tensors(), manifest.file(folder, record_file(name)))
-    outer = _outer_tensors(optimizer)
-    _fill(outer, manifest.file(folder, OUTER_NAME))
-    optimizer.updates = int(outer[_UPDATES])
-    for planned in optimizer.plan.matrices:
-        if planned.name in optimizer.records:
-            optimizer.records[planned.name].keep(planned, optimizer.kept)
+    for name, layout in optimizer.records.layouts.items():
+        path = manifest.file(folder, record_file(name))
+        _check(path, {part: (spec.dtype, spec.shape) for part, spec in layout.items()})
+        optimizer.records.load(name, path)
+    outer, path = _outer_tensors(optimizer), manifest.file(folder, OUTER_NAME)
+    _check(path, {name: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in outer.items()})
+    reader = TensorReader(read_header(path)[0])
+    for name, tensor in outer.items():
+        tensor.copy_(reader.tensor(name))
+    optimizer.updates = int(outer[UPDATES])
+    optimizer.records.keep(optimizer.kept)
     optimizer.compose_all()
 
 
-def _fill(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _check(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse a file whose tensors are others than those that this run has."""
     entries, _ = read_header(path)
-    reader = TensorReader(entries)
-    for name, tensor in tensors.items():
-        if name not in entries or entries[name].shape != tuple(tensor.shape):
-            found = list(entries[name].shape) if name in entries else "nothing"
-            raise RequestError(
-                f"{path}: {name} is {found}, this run expects {list(tensor.shape)}. Use its own run.yaml."
-            )
-        tensor.copy_(reader.tensor(name))
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            one, other = (f"{of[name][0]} {list(of[name][1])}" if name in of else "nothing" for of in (found, expected))
+            raise RequestError(f"{path}: {name} is {one}, this run expects {other}. Use its own run.yaml.")

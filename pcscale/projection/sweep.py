@@ -1,13 +1,17 @@
 """ProjectedAdamW: the optimizer whose step is the projection sweep.
 
 To the outside it is an ordinary optimizer over an ordinary model. Inside, every projected weight is visited once per
-step: its base weight is fetched, its gradient pulled back to D_out, D_in and aux, those are updated, the new compressed
-weight is composed and published, and all of it is let go before the next matrix. Norms and biases (and, for hard
-pruning, everything) get plain AdamW.
+step: its base weight and its record are fetched, its gradient is pulled back to D_out, D_in and aux, those are updated,
+the new compressed weight is composed and published, and all of it is let go. Norms and biases (and, for hard pruning,
+everything) get plain AdamW.
+
+Legend: O, I base sizes; o, i compressed sizes; b a block of rows.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +20,19 @@ from pcscale.common.errors import RequestError
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.importance.select import KeptIndices
 from pcscale.projection import algebra
-from pcscale.projection.adamw import update
-from pcscale.projection.record import MatrixRecord, Trained
+from pcscale.projection.adamw import AdamW, update
+from pcscale.projection.gradients import Accumulated
+from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, PUBLISHED_FORMAT, RecordFormat, check_rank
+from pcscale.projection.record import Trained, kept_sides
+from pcscale.projection.residency import ON_DEVICE, Residency
+from pcscale.projection.rounding import noise_key
+from pcscale.projection.starts import start_values
+from pcscale.projection.store import Base, RecordStore, Visit
 
-
-class Base(Protocol):
-    """What the sweep needs of a frozen base."""
-
-    def tensor(self, name: str) -> torch.Tensor: ...
-
-    def prefetch(self, names: list[str]) -> None: ...
+ROW_BLOCK = 4096
+"""Rows that a matrix whose out side keeps its size is visited in; a multiple of the 256 that 8-bit codes come in."""
+_FACTORS = (DELTA_OUT[1], DELTA_IN[1])
+"""U of a D of low rank: V alone decays, which makes U V decay once."""
 
 
 class ProjectedAdamW(torch.optim.Optimizer):
@@ -42,13 +49,21 @@ class ProjectedAdamW(torch.optim.Optimizer):
         lr: rate of D_out and D_in.
         aux_lr: rate of aux, norms and biases; None: `lr`. It follows a scheduler in the same ratio to `lr`.
         betas, eps: AdamW's.
-        weight_decay: decoupled decay of D_out, D_in and aux; with `project=False` of the matrices.
+        weight_decay: decoupled decay of D_out, D_in and aux towards their start; with `project=False` of the matrices.
         project: False trains the start directly, without the base: the hard-pruning control arm.
+        form: the precision and rank of records.
+        residency: where records live.
+        gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip them with
+            `clip_grad_norm_` of this optimizer.
+        compute_dtype: of the products, which accumulate in float32; None: the model's on a GPU, float32 elsewhere.
+        seed: of stochastic rounding, and of the U of a low rank.
 
-    Memory: three float32 values for each trainable one, and while a matrix is visited about three more for that matrix.
+    Memory: of records what `residency` says; and while a matrix is visited its gradients and products, in the dtype of
+    the products.
 
     Raises:
-        RequestError: the model's parameters are not those of the plan, or a rate is out of range.
+        RequestError: the model's parameters are not those of the plan, a rate or the rank is out of range.
+        BudgetError, RunError: the residency's budget, or its disk, is too small.
     """
 
     def __init__(
@@ -63,28 +78,41 @@ class ProjectedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         project: bool = True,
+        form: RecordFormat = PUBLISHED_FORMAT,
+        residency: Residency = ON_DEVICE,
+        gradient_home: str = "device",
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
         if lr <= 0 or (aux_lr is not None and aux_lr < 0):
             raise RequestError(f"lr is {lr} and aux_lr {aux_lr}: expected a positive lr, and no negative aux_lr.")
         parameters = dict(model.named_parameters())
-        self.plan, self.base, self.project = plan, base, project
+        self.plan, self.base, self.project, self.seed = plan, base, project, seed
         # A copy: a checkpoint that is read brings its own.
         self.kept = {name: indices.clone() for name, indices in kept.items()}
         self.updates = 0
-        self._planned: list[PlannedWeight] = list(plan.weights)
-        self._parameters = [_matching_parameter(planned, parameters) for planned in self._planned]
+        self._parameters = {planned.name: _matching_parameter(planned, parameters) for planned in plan.weights}
+        first = next(iter(self._parameters.values()))
+        self.compute_dtype = compute_dtype or (first.dtype if first.is_cuda else torch.float32)
+        projected = [planned for planned in plan.weights if planned.is_matrix and project]
+        check_rank(projected, form.rank)
+        form = replace(form, aux_start=weight_decay > 0 and bool(base.coded_fingerprints))
         # Records are not `optimizer.state`: torch, Accelerate and the Trainer cast, move and pickle what is there.
-        self.records: dict[str, MatrixRecord] = {}
+        self.records = RecordStore(projected, form, self.kept, base, residency, first.device)
+        self._position = {planned.name: position for position, planned in enumerate(projected)}
+        for planned in projected:
+            key = noise_key(seed, 0, self._position[planned.name], 0)
+            lost = base.loss(planned.name, *kept_sides(planned, self.kept))
+            self.records.home.create(planned.name, start_values(planned, form, lost, key))
         self.direct: dict[str, Trained] = {}
         """What is trained without a projection; its value is the parameter itself where that is float32."""
         groups: dict[str, list[nn.Parameter]] = {"projected": [], "matrices": [], "vectors": []}
-        for planned, parameter in zip(self._planned, self._parameters, strict=True):
-            if planned.is_matrix and project:
-                self.records[planned.name] = MatrixRecord.fresh(planned, self.kept, parameter.device)
-                groups["projected"].append(parameter)
-            else:
+        for planned in plan.weights:
+            parameter = self._parameters[planned.name]
+            if planned.name not in self.records:
                 self.direct[planned.name] = Trained.starting_at(parameter.detach().float())
-                groups["matrices" if planned.is_matrix else "vectors"].append(parameter)
+            role = "projected" if planned.name in self.records else "matrices" if planned.is_matrix else "vectors"
+            groups[role].append(parameter)
         decay = {"projected": weight_decay, "matrices": weight_decay, "vectors": 0.0}
         aux_ratio = 1.0 if aux_lr is None else aux_lr / lr
         super().__init__(
@@ -95,58 +123,96 @@ class ProjectedAdamW(torch.optim.Optimizer):
             ],
             {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_ratio},
         )
+        self.gradients = Accumulated(list(self._parameters.values()), gradient_home)
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
+        return self.gradients.clip_norm(max_norm)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.gradients.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One sweep: pull back, update and compose in one visit per matrix. Parameters without a gradient stay."""
+        """One sweep: pull back, update and compose in one visit per matrix. Parameters without a gradient stay.
+
+        Raises:
+            RunError: a record could not be read or written. Those before it have been updated: go on from a checkpoint.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        for position, (planned, parameter) in enumerate(zip(self._planned, self._parameters, strict=True)):
-            if parameter.grad is None:
-                continue
-            group = group_of[id(parameter)]
-            if planned.name in self.records:
-                self._prefetch_next(position)
-                self._visit(planned.name, parameter, group)
-            else:
-                rate = group["lr"] * group["aux_ratio"]
-                self._update(self.direct[planned.name], parameter.grad.float(), group, rate)
-                publish(parameter, self.direct[planned.name].value)
+        names = [name for name, parameter in self._parameters.items() if self.gradients.of(parameter) is not None]
+        with tf32_products(), self.records.visits([name for name in names if name in self.records], True) as visits:
+            for visit in visits:
+                self._visit(visit, group_of[id(self._parameters[visit.planned.name])])
+        for name in names:
+            if name in self.direct:
+                parameter = self._parameters[name]
+                group = group_of[id(parameter)]
+                settings = self._settings(group, group["lr"] * group["aux_ratio"])
+                update(self.direct[name], self.gradients.rows(parameter, slice(None)).float(), settings)
+                _publish(parameter, self.direct[name].value)
         self.updates += 1
         return loss
 
-    def _visit(self, name: str, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        record = self.records[name]
-        W_OI = self.base.tensor(name).to(parameter.device, torch.float32)
-        assert parameter.grad is not None
-        gradients = algebra.pull_back(W_OI, record.projection, parameter.grad.float())
-        for part, trained in record.parts.items():
-            rate = group["lr"] * (group["aux_ratio"] if part == "aux" else 1.0)
-            self._update(trained, getattr(gradients, part), group, rate)
-        del gradients
-        publish(parameter, algebra.compose(W_OI, record.projection))
+    def _visit(self, visit: Visit, group: dict[str, Any]) -> None:
+        name, record = visit.planned.name, visit.record
+        for number, (part, gradient) in enumerate(self._pulled_back(visit)):
+            rate = group["lr"] * (group["aux_ratio"] if part == AUX else 1.0)
+            settings = self._settings(group, rate, 0.0 if part in _FACTORS else None)
+            start = record.aux_start if part == AUX else None
+            key = noise_key(self.seed, self.updates + 1, self._position[name], number)
+            update(record.parts[part], gradient, settings, key, start)
+            del gradient
+        self._compose(visit)
 
-    def _update(self, trained: Trained, gradient: torch.Tensor, group: dict[str, Any], rate: float) -> None:
-        update(trained, gradient, self.updates, rate, group["betas"], group["eps"], group["weight_decay"])
+    def _pulled_back(self, visit: Visit) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradient of every trainable value by name, each let go before the next is asked for.
 
-    def _prefetch_next(self, position: int) -> None:
-        following = (planned.name for planned in self._planned[position + 1 :] if planned.name in self.records)
-        name = next(following, None)
-        if name is not None:
-            self.base.prefetch([name])
+        Where the out side keeps its size the blocks of rows are independent, and what they give to D_in adds up:
+        neither the base weight nor its gradient exists whole in the dtype of the products.
+        """
+        record, parameter = visit.record, self._parameters[visit.planned.name]
+        projection = record.projection(self.compute_dtype)
+        totals: list[torch.Tensor] = []
+        for rows in _row_blocks(visit.planned):
+            W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
+            G_bi = self.gradients.rows(parameter, rows).to(self.compute_dtype)
+            pulled = algebra.pull_back(W_bI, projection, G_bi)
+            factors = [*pulled.out, *pulled.in_]
+            del W_bI, G_bi, pulled
+            totals = [total.add_(part) for total, part in zip(totals, factors, strict=True)] if totals else factors
+            del factors
+        del projection
+        names = [part for part in record.parts if part != AUX]
+        for part in names:
+            yield part, totals.pop(0)
+        yield AUX, self.gradients.rows(parameter, slice(None))
+
+    def _compose(self, visit: Visit) -> None:
+        parameter = self._parameters[visit.planned.name]
+        projection = visit.record.projection(self.compute_dtype)
+        for rows in _row_blocks(visit.planned):
+            W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
+            part = replace(projection, aux=projection.aux[rows])
+            _publish(parameter[rows], algebra.compose(W_bI, part))
+
+    def _settings(self, group: dict[str, Any], rate: float, weight_decay: float | None = None) -> AdamW:
+        decay = group["weight_decay"] if weight_decay is None else weight_decay
+        return AdamW(self.updates, rate, group["betas"], group["eps"], decay)
 
     @torch.no_grad()
     def compose_all(self) -> None:
         """Publish every weight from its record: what a resumed run does before its first step."""
-        for planned, parameter in zip(self._planned, self._parameters, strict=True):
-            if planned.name in self.records:
-                W_OI = self.base.tensor(planned.name).to(parameter.device, torch.float32)
-                publish(parameter, algebra.compose(W_OI, self.records[planned.name].projection))
-            else:
-                publish(parameter, self.direct[planned.name].value)
+        with tf32_products(), self.records.visits(list(self.records), False) as visits:
+            for visit in visits:
+                self._compose(visit)
+        for name, trained in self.direct.items():
+            _publish(self._parameters[name], trained.value)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates and the groups' settings; records are written by `pcscale.save_state`."""
@@ -158,7 +224,25 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self.updates = int(state_dict["updates"])
 
 
-def publish(parameter: nn.Parameter, value: torch.Tensor) -> None:
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Let a GPU multiply float32 matrices in TF32: without it they take some fifteen times as long as bfloat16."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _row_blocks(planned: PlannedWeight) -> Iterator[slice]:
+    """All rows at once where the out side is projected, else block by block."""
+    rows = planned.base_shape[0]
+    block = rows if planned.projects_out else ROW_BLOCK
+    return (slice(start, min(start + block, rows)) for start in range(0, rows, block))
+
+
+def _publish(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Make a new weight the model's, rounded to the parameter's dtype."""
     if value.data_ptr() != parameter.data_ptr():
         parameter.copy_(value)

@@ -17,6 +17,19 @@ from pcscale.storage.reader import DTYPE_NAMES
 TensorShape = tuple[torch.dtype, tuple[int, ...]]
 
 
+def header_bytes(tensors: dict[str, TensorShape], metadata: dict[str, str] | None = None) -> bytes:
+    """The header of a safetensors file whose tensors follow without gaps, in this order."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 class ShardWriter:
     """A safetensors file being written; its name appears when the block ends well.
 
@@ -33,21 +46,12 @@ class ShardWriter:
         self.path = path
         self._temporary = temporary_beside(path)
         self._tensors = tensors
-        header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+        self._header = header_bytes(tensors, metadata)
         offset = 0
         self._offsets: dict[str, int] = {}
         for name, (dtype, shape) in tensors.items():
-            num_bytes = dtype.itemsize * math.prod(shape)
-            header[name] = {
-                "dtype": DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + num_bytes],
-            }
             self._offsets[name] = offset
-            offset += num_bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = struct.pack("<Q", len(text)) + text
+            offset += dtype.itemsize * math.prod(shape)
         self.num_bytes = len(self._header) + offset
 
     def __enter__(self) -> "ShardWriter":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pcscale.base.int8 import CACHE_NAME
 from pcscale.common.errors import RequestError
 from pcscale.common.files import TEMPORARY_PREFIX, said_plainly, temporary_beside, write_text
 from pcscale.config.load import check_values, dump_run_config, read_values
@@ -29,6 +30,11 @@ FREE_TO_CHANGE = frozenset(
         "report_to",
         "gradient_checkpointing",
         "trust_remote_code",
+        # where things live changes no number
+        "residency",
+        "base_home",
+        "gradient_home",
+        "pinned_memory",
     }
 )
 """Settings that a resumed run may have otherwise; every other one would make it another run."""
@@ -75,6 +81,15 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def residency(self) -> Path:
+        """The records' files while a run with residency disk is training."""
+        return self.path / "residency"
+
+    @property
+    def base_cache(self) -> Path:
+        return self.path / CACHE_NAME
 
     @property
     def begun(self) -> bool:

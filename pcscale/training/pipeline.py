@@ -165,7 +165,8 @@ class _Run:
             return
         with self._phase("train"):
             torch.manual_seed(config.seed)
-            loss_module, optimizer = build_training_parts(setup, config, kept)
+            expected_codes = manifest.coded_fingerprints if manifest else None
+            loss_module, optimizer = build_training_parts(setup, config, kept, self.folder, expected_codes)
             state = TrainingState(data=self.tokens.fingerprint)
             if "start" not in self._evaluation():
                 result = evaluate_model(

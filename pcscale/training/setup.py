@@ -4,16 +4,22 @@ from dataclasses import dataclass
 
 import torch
 
+from pcscale.base.held import HeldBase
+from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder, resolve_base
+from pcscale.common.units import parse_bytes
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.config.schema import RunConfig
 from pcscale.families.plan import Plan
 from pcscale.families.widths import make_plan
 from pcscale.importance.select import KeptIndices
+from pcscale.projection.layout import RecordFormat
+from pcscale.projection.residency import Residency
 from pcscale.projection.starts import selection_start
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,21 @@ def prepare(config: RunConfig, expected: dict[str, str] | None = None) -> Setup:
     )
 
 
-def build_training_parts(setup: Setup, config: RunConfig, kept: KeptIndices) -> tuple[NextTokenLoss, ProjectedAdamW]:
-    """The compressed model at its start, with its loss, and the optimizer over it."""
+def build_training_parts(
+    setup: Setup, config: RunConfig, kept: KeptIndices, folder: RunFolder, expected_codes: dict[str, str] | None = None
+) -> tuple[NextTokenLoss, ProjectedAdamW]:
+    """The compressed model at its start, with its loss, and the optimizer over it.
+
+    Args:
+        expected_codes: fingerprints that the 8-bit base must have, from a checkpoint.
+
+    Raises:
+        BudgetError, RunError: pinned_memory or the disk is too small.
+    """
     start = selection_start(setup.plan, kept, setup.base.tensor)
-    model = build_compressed(setup.plan, start, setup.device, setup.model_dtype)
+    gradient_dtype = getattr(torch, config.gradient_dtype)
+    model = build_compressed(setup.plan, start, setup.device, setup.model_dtype, gradient_dtype)
+    del start
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -65,7 +82,7 @@ def build_training_parts(setup: Setup, config: RunConfig, kept: KeptIndices) -> 
     optimizer = ProjectedAdamW(
         model,
         setup.plan,
-        setup.base,
+        _frozen_base(setup, config, folder, expected_codes),
         kept,
         lr=config.learning_rate,
         aux_lr=config.aux_rate,
@@ -73,5 +90,26 @@ def build_training_parts(setup: Setup, config: RunConfig, kept: KeptIndices) -> 
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         project=config.method == "projected",
+        form=RecordFormat(config.record_dtype, config.moments, config.rank),
+        residency=residency_of(config, folder),
+        gradient_home=config.gradient_home,
+        seed=config.seed,
     )
     return NextTokenLoss(model), optimizer
+
+
+def residency_of(config: RunConfig, folder: RunFolder) -> Residency:
+    pinned_bytes = None if config.pinned_memory is None else parse_bytes(config.pinned_memory)
+    return Residency(config.residency, folder.residency, pinned_bytes)
+
+
+def _frozen_base(
+    setup: Setup, config: RunConfig, folder: RunFolder, expected_codes: dict[str, str] | None
+) -> MappedBase | Int8Base | HeldBase:
+    """The base as the sweep reads it."""
+    base = setup.base
+    if config.base_precision == "int8":
+        base = Int8Base(base, folder.base_cache, expected_codes)
+    if config.base_home == "disk":
+        return base
+    return HeldBase(base, setup.device if config.base_home == "device" else torch.device("cpu"))

@@ -68,6 +68,8 @@ def save_state(
             hidden_size=plan.hidden_size,
             intermediate_size=plan.intermediate_size,
             files=write_state(optimizer, temporary),
+            projection_rank=optimizer.records.form.rank,
+            coded_fingerprints=optimizer.base.coded_fingerprints,
         )
         manifest.write(temporary)
 
@@ -81,6 +83,11 @@ def load_state(folder: Path, optimizer: ProjectedAdamW, base: MappedBase) -> Man
     manifest = Manifest.read(folder)
     check_checkpoint(manifest, optimizer.plan, "projected" if optimizer.project else "hard_prune", base)
     base.expect(manifest.base_fingerprints)
+    if manifest.coded_fingerprints != optimizer.base.coded_fingerprints:
+        raise RequestError(
+            "the checkpoint was trained on a base in another precision, or on other 8-bit codes. "
+            "Give the optimizer the base that it was trained with."
+        )
     read_state(optimizer, folder, manifest)
     return manifest
 

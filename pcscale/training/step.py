@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over the micro batches, clip, sweep."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -43,8 +44,8 @@ def training_step(
         loss = loss_module(ids_BT.to(device)) / accumulation
         loss.backward()
         total += loss.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(loss_module.parameters(), max_grad_norm)
-    skipped = not bool(torch.isfinite(total) & torch.isfinite(grad_norm))
+    grad_norm = optimizer.clip_grad_norm_(max_grad_norm)
+    skipped = not (math.isfinite(total.item()) and math.isfinite(grad_norm.item()))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

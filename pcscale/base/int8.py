@@ -1,0 +1,154 @@
+"""The frozen base in 8 bits: its matrices coded once per host into one file beside the run, mapped by every process."""
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pcscale.base.mapped import MappedBase
+from pcscale.base.weight import FrozenWeight, encode_weight
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError, RunError
+from pcscale.common.files import said_plainly
+from pcscale.storage.blockwise import BLOCK, require_bitsandbytes
+from pcscale.storage.hashing import fingerprint
+from pcscale.storage.host_memory import bytes_of
+from pcscale.storage.index import read_header
+from pcscale.storage.reader import TensorReader
+from pcscale.storage.writer import ShardWriter, TensorShape
+
+CACHE_NAME = "base-int8.safetensors"
+_FORMAT = "bitsandbytes dynamic signed 8-bit, blocks of 256"
+_ABSMAX = ".absmax"
+_BOUND_TO, _FINGERPRINTS = "bound_to", "fingerprints"
+_ROWS = 1024
+
+
+class Int8Base:
+    """The matrices of a base as 8-bit codes.
+
+    The cache is bound to the base by its fingerprints and checked when it is opened: one that is of another base, cut
+    short or changed is made again.
+
+    Args:
+        base: the checkpoint.
+        cache: the file to be; its folder must exist.
+        expected: fingerprints that the codes must have, by tensor name, from a manifest.
+
+    Raises:
+        RequestError: bitsandbytes is absent, or the codes are not those that a checkpoint was trained on.
+        RunError: the disk is full.
+
+    Memory: file-backed only; while the cache is made a few MiB.
+    """
+
+    def __init__(self, base: MappedBase, cache: Path, expected: Mapping[str, str] | None = None) -> None:
+        require_bitsandbytes("base_precision int8")
+        self.stored = base
+        self.cache = cache
+        with _one_at_a_time(cache):
+            coded = _read_cache(cache, base)
+            if coded is None:
+                _write_cache(cache, base)
+                coded = _read_cache(cache, base)
+        if coded is None:
+            raise RunError(f"{cache} is not what was written to it just now. Check the disk.")
+        self._reader, self.coded_fingerprints = coded
+        for name, found in self.coded_fingerprints.items():
+            wanted = (expected or {}).get(name, found)
+            if wanted != found:
+                raise RequestError(
+                    f"{name} has 8-bit codes with fingerprint {found[:12]}…, the checkpoint was trained on "
+                    f"{wanted[:12]}…. Use the bitsandbytes version that it was trained with."
+                )
+
+    @property
+    def matrix_names(self) -> list[str]:
+        """The tensors that `weight` is asked for."""
+        return self.stored.matrix_names
+
+    def weight(self, name: str) -> FrozenWeight:
+        """One base weight, on the host."""
+        return FrozenWeight(self._reader.tensor(name), self._reader.tensor(name + _ABSMAX))
+
+    def loss(self, name: str, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> torch.Tensor:
+        """What 8 bits lose of the kept entries: `(W - Q)[kept_out][:, kept_in]`, float32 (method, section 3.3)."""
+        coded, stored = self.weight(name), self.stored.tensor(name)
+        O, I = stored.shape
+        rows_o = torch.arange(O) if kept_out is None else kept_out.cpu()
+        columns_i = torch.arange(I) if kept_in is None else kept_in.cpu()
+        lost_oi = torch.empty(len(rows_o), len(columns_i))
+        for start in range(0, O, _ROWS):
+            lost_bI = stored[start : start + _ROWS].float() - coded.rows(torch.float32, start, start + _ROWS)
+            places = ((rows_o >= start) & (rows_o < start + _ROWS)).nonzero()[:, 0]
+            lost_oi[places] = lost_bI[rows_o[places] - start].index_select(1, columns_i)
+        return lost_oi
+
+    def prefetch(self, names: list[str]) -> None:
+        """Have the operating system read these tensors ahead; returns at once."""
+        self._reader.prefetch([part for name in names for part in (name, name + _ABSMAX)])
+
+
+@contextmanager
+def _one_at_a_time(cache: Path) -> Iterator[None]:
+    """Let one process of this host make the cache while the others wait for it."""
+    with said_plainly(cache):
+        lock = cache.with_name(f".{cache.name}.lock")
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, str]] | None:
+    """The cache and its fingerprints; None: there is none, or not of this base, or it was changed."""
+    if not cache.exists():
+        return None
+    try:
+        entries, metadata = read_header(cache)
+        reader = TensorReader(entries)
+        if metadata.get(_BOUND_TO) != _bound_to(base):
+            console.warn(f"{cache} is of another base: it is made again")
+            return None
+        found = {name: _fingerprint(reader, name) for name in base.matrix_names}
+        if bytes.fromhex("".join(found.values())) == bytes(reader.data(_FINGERPRINTS)):
+            return reader, found
+    except (RequestError, KeyError):
+        pass
+    console.warn(f"{cache} was changed or cut short: it is made again")
+    return None
+
+
+def _bound_to(base: MappedBase) -> str:
+    return json.dumps([_FORMAT, base.check_all()])
+
+
+def _fingerprint(reader: TensorReader, name: str) -> str:
+    return _both(reader.data(name), reader.data(name + _ABSMAX))
+
+
+def _both(codes: memoryview, absmax: memoryview) -> str:
+    return fingerprint((fingerprint(codes) + fingerprint(absmax)).encode())
+
+
+def _write_cache(cache: Path, base: MappedBase) -> None:
+    shapes: dict[str, TensorShape] = {}
+    names = base.matrix_names
+    for name in names:
+        O, I = base.tensor(name).shape
+        shapes[name] = (torch.uint8, (O, I))
+        shapes[name + _ABSMAX] = (torch.float32, (-(-O * I // BLOCK),))
+    shapes[_FINGERPRINTS] = (torch.uint8, (len(names), 16))
+    values = sum(math.prod(shape) for dtype, shape in shapes.values())
+    with (
+        ShardWriter(cache, shapes, {_BOUND_TO: _bound_to(base)}) as writer,
+        console.progress("code the base in 8 bits", values / 1e6, "M values") as progress,
+    ):
+        for position, name in enumerate(names):
+            encode_weight(base.tensor(name), writer[name], writer[name + _ABSMAX])
+            found = _both(bytes_of(writer[name]), bytes_of(writer[name + _ABSMAX]))
+            writer[_FINGERPRINTS][position] = torch.tensor(list(bytes.fromhex(found)), dtype=torch.uint8)
+            progress.advance(math.prod(shapes[name][1]) / 1e6)

@@ -1,0 +1,156 @@
+"""The records of a run, and the visits that a sweep pays them: the next one is fetched while one is worked on."""
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pcscale.base.weight import FrozenWeight
+from pcscale.families.plan import PlannedWeight
+from pcscale.importance.select import KeptIndices
+from pcscale.projection.layout import RecordFormat, record_layout
+from pcscale.projection.record import Kept, MatrixRecord, views_of
+from pcscale.projection.residency import Residency, Traffic, open_home
+
+
+class Base(Protocol):
+    """What the sweep needs of a frozen base.
+
+    Attributes:
+        coded_fingerprints: of the 8-bit codes that its weights come from; empty: they are the stored ones.
+    """
+
+    coded_fingerprints: dict[str, str]
+
+    def weight(self, name: str) -> FrozenWeight: ...
+
+    def loss(self, name: str, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> torch.Tensor | None: ...
+
+    def prefetch(self, names: list[str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One matrix on the device: its base weight and its record, whose tensors may be changed in place."""
+
+    planned: PlannedWeight
+    weight: FrozenWeight
+    record: MatrixRecord
+    buffer: torch.Tensor
+
+
+class RecordStore(Mapping[str, MatrixRecord]):
+    """Records by the name of their matrix, wherever they live. Reading one by name gives a copy of it on the device.
+
+    Args:
+        matrices: the projected weights.
+        kept: the kept indices of the start.
+        base: where base weights come from.
+        device: where visits take place.
+    """
+
+    def __init__(
+        self,
+        matrices: list[PlannedWeight],
+        form: RecordFormat,
+        kept: KeptIndices,
+        base: Base,
+        residency: Residency,
+        device: torch.device,
+    ) -> None:
+        self.form = form
+        self.traffic = Traffic()
+        self._planned = {planned.name: planned for planned in matrices}
+        self.layouts = {planned.name: record_layout(planned, form) for planned in matrices}
+        self._base, self._device = base, device
+        self.home = open_home(residency, self.layouts, device, self.traffic)
+        self.keep(kept)
+
+    def keep(self, kept: KeptIndices) -> None:
+        """Select these channels of the base weights from now on."""
+        self._kept = {name: Kept.of(planned, kept, self._device) for name, planned in self._planned.items()}
+
+    def __getitem__(self, name: str) -> MatrixRecord:
+        buffer = self.home.fetch(name)
+        copy = buffer.clone()
+        self.home.put(name, buffer, changed=False)
+        return MatrixRecord.of(self._kept[name], views_of(copy, self.layouts[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planned)
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+    @contextlib.contextmanager
+    def visits(self, names: list[str], change: bool) -> Iterator[Iterator[Visit]]:
+        """Visit these matrices in turn; what a visit changes is the record's when the block has ended well.
+
+        Raises:
+            RunError: a record could not be read or written; those before it may have been changed.
+        """
+        with (
+            ThreadPoolExecutor(1, "fetch") as reader,
+            ThreadPoolExecutor(1, "put") as writer,
+            contextlib.closing(self._visit_each(names, change, reader, writer)) as visits,
+        ):
+            yield visits
+
+    def _visit_each(
+        self, names: list[str], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
+    ) -> Generator[Visit]:
+        coming = [reader.submit(self._fetch, name) for name in names[:1]]
+        going: list[Future[None]] = []
+        for position, name in enumerate(names):
+            visit = coming.pop().result()
+            coming = [reader.submit(self._fetch, following) for following in names[position + 1 : position + 2]]
+            changed = False
+            visit.weight.keep_for(self._device)
+            try:
+                yield visit
+                changed = change
+            finally:
+                # Also when the caller failed: the reader may be waiting for this buffer.
+                going.append(writer.submit(self._put, name, visit, self._now(), changed))
+            if len(going) > 1:
+                going.pop(0).result()
+        for put in going:
+            put.result()
+
+    def _fetch(self, name: str) -> Visit:
+        self._base.prefetch([name])
+        weight = self._base.weight(name)
+        self.traffic.base_read += weight.num_bytes
+        if self._device.type != "cpu":
+            stream = torch.cuda.Stream(self._device)
+            with torch.cuda.stream(stream):
+                weight = weight.to(self._device)
+            stream.synchronize()
+        buffer = self.home.fetch(name)
+        record = MatrixRecord.of(self._kept[name], views_of(buffer, self.layouts[name]))
+        return Visit(self._planned[name], weight, record, buffer)
+
+    def _put(self, name: str, visit: Visit, computed: torch.cuda.Event | None, changed: bool) -> None:
+        if computed is not None:
+            computed.synchronize()
+        self.home.put(name, visit.buffer, changed)
+
+    def _now(self) -> torch.cuda.Event | None:
+        """The end of what has been asked of the device so far; None: the host computes, and has finished."""
+        if self._device.type == "cpu":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def save(self, name: str, path: Path) -> str:
+        """Write a record's file; returns its fingerprint."""
+        return self.home.save(name, path)
+
+    def load(self, name: str, path: Path) -> None:
+        """Take a record from a file that `save` wrote, in the same format."""
+        self.home.load(name, path)
