@@ -47,15 +47,16 @@ class PlannedWeight:
     @property
     def compose_flops(self) -> int:
         """Floating-point operations of one compose with whole projections (method, section 2)."""
-        return costs.compose_flops(*self._shapes) if self.is_matrix else 0
+        return costs.compose_flops(*self.shapes) if self.is_matrix else 0
 
     @property
     def pull_back_flops(self) -> int:
         """Operations of one pull-back with whole projections."""
-        return costs.pull_back_flops(*self._shapes) if self.is_matrix else 0
+        return costs.pull_back_flops(*self.shapes) if self.is_matrix else 0
 
     @property
-    def _shapes(self) -> tuple[costs.Shape, costs.Shape]:
+    def shapes(self) -> tuple[costs.Shape, costs.Shape]:
+        """Both shapes of a matrix."""
         (O, I), (o, i) = self.base_shape, self.shape
         return (O, I), (o, i)
 

@@ -6,7 +6,7 @@ Legend: O, I base sizes of the out and in side; o, i compressed sizes; r the ran
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,8 @@ QUANTISED_BLOCK = 256
 """Values that share one scale."""
 MIN_8BIT_VALUES = 4096
 """Tensors with fewer keep moments in 32 bits, as bitsandbytes documents of its `min_8bit_size`."""
+ROW_BLOCK = 4096
+"""Rows that a matrix whose out side keeps its size is visited in; a multiple of the 256 that 8-bit codes come in."""
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -89,6 +91,13 @@ def record_layout(planned: PlannedWeight, form: RecordFormat) -> dict[str, Tenso
 
 def record_bytes(planned: PlannedWeight, form: RecordFormat) -> int:
     return sum(spec.num_bytes for spec in record_layout(planned, form).values())
+
+
+def row_blocks(planned: PlannedWeight) -> Iterator[slice]:
+    """The base's rows that a visit works on at a time: all where the out side is projected, else block by block."""
+    rows = planned.base_shape[0]
+    block = rows if planned.projects_out else ROW_BLOCK
+    return (slice(start, min(start + block, rows)) for start in range(0, rows, block))
 
 
 def trainable_values(planned: PlannedWeight, rank: int | None = None) -> int:

@@ -56,6 +56,10 @@ class Traffic:
     records_read: int = 0
     records_written: int = 0
 
+    @property
+    def total(self) -> int:
+        return self.base_read + self.records_read + self.records_written
+
 
 class Home(Protocol):
     """What the three homes have in common. `fetch` and `put` run on a thread each, one call at a time."""
@@ -92,22 +96,33 @@ def open_home(residency: Residency, layouts: Layouts, device: torch.device, traf
         RunError: the folder's disk has no room for the records.
         RequestError: the folder cannot be written.
     """
+    sizes = [_size(layout) for layout in layouts.values()]
+    check_budget(residency, sizes)
     if residency.home == "device":
         return DeviceHome(layouts, device)
-    sizes = [_size(layout) for layout in layouts.values()]
-    least = sum(sizes) if residency.home == "cpu" else max(sizes)
-    if residency.pinned_bytes is not None and residency.pinned_bytes < least:
-        what = "all records take" if residency.home == "cpu" else "the largest record takes"
-        raise BudgetError(
-            f"pinned_memory {format_bytes(residency.pinned_bytes)} is too small for residency {residency.home}: "
-            f"{what} {format_bytes(least)}. Give at least {least} bytes."
-        )
     overlap = overlap_bytes(sizes)
     if residency.home == "cpu":
         return HostHome(layouts, device, overlap, traffic)
     assert residency.folder is not None, "residency disk is given a folder"
     staging = overlap if residency.pinned_bytes is None else min(overlap, residency.pinned_bytes)
     return DiskHome(layouts, device, residency.folder, overlap, staging, traffic)
+
+
+def check_budget(residency: Residency, sizes: list[int]) -> None:
+    """Refuse a budget that records of these sizes cannot keep.
+
+    Raises:
+        BudgetError: with the least that would do.
+    """
+    if residency.home == "device" or residency.pinned_bytes is None:
+        return
+    least = sum(sizes) if residency.home == "cpu" else max(sizes)
+    if residency.pinned_bytes < least:
+        what = "all records take" if residency.home == "cpu" else "the largest record takes"
+        raise BudgetError(
+            f"pinned_memory {format_bytes(residency.pinned_bytes)} is too small for residency {residency.home}: "
+            f"{what} {format_bytes(least)}. Give at least {least} bytes."
+        )
 
 
 class DeviceHome:

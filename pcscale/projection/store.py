@@ -80,6 +80,9 @@ class RecordStore(Mapping[str, MatrixRecord]):
         self.home.put(name, buffer, changed=False)
         return MatrixRecord.of(self._kept[name], views_of(copy, self.layouts[name]))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._planned  # Mapping's own would fetch the record.
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._planned)
 

@@ -22,15 +22,13 @@ from pcscale.importance.select import KeptIndices
 from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
 from pcscale.projection.gradients import Accumulated
-from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, PUBLISHED_FORMAT, RecordFormat, check_rank
+from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, PUBLISHED_FORMAT, RecordFormat, check_rank, row_blocks
 from pcscale.projection.record import Trained, kept_sides
 from pcscale.projection.residency import ON_DEVICE, Residency
 from pcscale.projection.rounding import noise_key
 from pcscale.projection.starts import start_values
 from pcscale.projection.store import Base, RecordStore, Visit
 
-ROW_BLOCK = 4096
-"""Rows that a matrix whose out side keeps its size is visited in; a multiple of the 256 that 8-bit codes come in."""
 _FACTORS = (DELTA_OUT[1], DELTA_IN[1])
 """U of a D of low rank: V alone decays, which makes U V decay once."""
 
@@ -179,7 +177,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         record, parameter = visit.record, self._parameters[visit.planned.name]
         projection = record.projection(self.compute_dtype)
         totals: list[torch.Tensor] = []
-        for rows in _row_blocks(visit.planned):
+        for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
             G_bi = self.gradients.rows(parameter, rows).to(self.compute_dtype)
             pulled = algebra.pull_back(W_bI, projection, G_bi)
@@ -196,7 +194,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _compose(self, visit: Visit) -> None:
         parameter = self._parameters[visit.planned.name]
         projection = visit.record.projection(self.compute_dtype)
-        for rows in _row_blocks(visit.planned):
+        for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
             part = replace(projection, aux=projection.aux[rows])
             _publish(parameter[rows], algebra.compose(W_bI, part))
@@ -233,13 +231,6 @@ def tf32_products() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _row_blocks(planned: PlannedWeight) -> Iterator[slice]:
-    """All rows at once where the out side is projected, else block by block."""
-    rows = planned.base_shape[0]
-    block = rows if planned.projects_out else ROW_BLOCK
-    return (slice(start, min(start + block, rows)) for start in range(0, rows, block))
 
 
 def _publish(parameter: torch.Tensor, value: torch.Tensor) -> None:

@@ -110,6 +110,9 @@ def _training_text(data: RunData, training: dict[str, Any]) -> str:
     ]
     losses = {"last loss": training["final_loss"], "best held-out loss": training["best_eval_loss"]}
     parts += [f"{label} {loss:.4f}" for label, loss in losses.items() if loss is not None]
+    moved, least = training["moved_bytes_per_step"], training["least_moved_bytes_per_step"]
+    if moved and least:
+        parts.append(f"{format_bytes(moved)} moved a step, {moved / least:.3f} × the least possible")
     return " · ".join([*parts, f"skipped steps: {training['skipped_steps']:,}"])
 
 

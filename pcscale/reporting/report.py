@@ -51,6 +51,7 @@ def summarize(data: RunData) -> dict[str, Any]:
 
 def _training(data: RunData) -> dict[str, Any]:
     steps = data.steps
+    swept = [step.moved_bytes for step in steps if not step.skipped]
     return {
         "steps": len(steps),
         "tokens": steps[-1].tokens if steps else 0,
@@ -58,6 +59,8 @@ def _training(data: RunData) -> dict[str, Any]:
         "final_loss": next((step.loss for step in reversed(steps) if step.loss is not None), None),
         "best_eval_loss": min((step.eval_loss for step in steps if step.eval_loss is not None), default=None),
         "skipped_steps": sum(step.skipped for step in steps),
+        "moved_bytes_per_step": sum(swept) / len(swept) if swept else 0,
+        "least_moved_bytes_per_step": sum(data.plan.get("moved", {}).values()) if data.plan else None,
     }
 
 

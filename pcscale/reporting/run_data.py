@@ -32,6 +32,8 @@ class Step:
     """Wall time of this step. Units: seconds."""
     eval_loss: float | None
     """On held-out text; None: not evaluated after this step. Units: nats per token."""
+    moved_bytes: int
+    """Base weights and records moved to and from where the sweep works. Units: bytes."""
     skipped: bool
     """Loss or gradients were not finite, so nothing was updated."""
 
@@ -116,5 +118,6 @@ def _step(value: Any) -> Step:
         grad_norm=value["grad_norm"],
         seconds=value["seconds"],
         eval_loss=value.get("eval_loss"),
+        moved_bytes=value.get("moved_bytes", 0),
         skipped=value.get("skipped", False),
     )

@@ -83,6 +83,7 @@ def _take_step(training: Training) -> dict[str, Any]:
     batches = step_batches(
         training.train_NT, state.step, config.sequences_per_step, config.per_device_train_batch_size, config.seed
     )
+    moved_before = training.optimizer.records.traffic.total
     result = training_step(
         training.loss_module, training.optimizer, batches, config.gradient_accumulation_steps, config.max_grad_norm
     )
@@ -97,6 +98,7 @@ def _take_step(training: Training) -> dict[str, Any]:
         "learning_rate": config.learning_rate * factor,
         "grad_norm": None if result.skipped else result.grad_norm,
         "seconds": time.monotonic() - started,
+        "moved_bytes": training.optimizer.records.traffic.total - moved_before,
     }
     if result.skipped:
         row["skipped"] = True

@@ -1,5 +1,6 @@
 """The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,14 +22,17 @@ from pcscale.data.text import describe
 from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.importance.select import KeptIndices, select
-from pcscale.memory.estimate import merge_need_bytes, on_host_alone, plan_document
+from pcscale.memory.estimate import merge_need_bytes, on_host_alone, plan_document, record_format
 from pcscale.memory.tracker import PhaseUsage, machine, measured, release_freed
 from pcscale.merging.merge import merge
+from pcscale.projection.layout import check_rank, record_bytes
 from pcscale.projection.persist import read_kept
+from pcscale.projection.residency import check_budget
 from pcscale.reporting.report import write_report
+from pcscale.storage.blockwise import require_bitsandbytes
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
 from pcscale.training.loop import Training, train
-from pcscale.training.setup import Setup, build_training_parts, prepare
+from pcscale.training.setup import Setup, build_training_parts, prepare, residency_of
 from pcscale.training.state import TrainingState, check_checkpoint, check_text, load_checkpoint
 from pcscale.training.trackers import check_trackers
 
@@ -70,6 +74,7 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
     if setup.device.type == "cpu":
         document = on_host_alone(document)
     _check_merge_cap(setup, config)
+    _check_records(setup, config, folder)
     if dry_run:
         return document
     folder = open_run(config, resume)
@@ -94,6 +99,16 @@ def _check_merge_cap(setup: Setup, config: RunConfig) -> None:
     least = merge_need_bytes(setup.plan)
     if parse_bytes(config.max_memory) < least:
         raise BudgetError(f"max_memory {config.max_memory} is too small for the merge: give at least {least} bytes.")
+
+
+def _check_records(setup: Setup, config: RunConfig, folder: RunFolder) -> None:
+    """A rank or a budget that training cannot keep is refused before any work."""
+    if config.base_precision == "int8" or config.moments == "8bit":
+        require_bitsandbytes("base_precision int8" if config.base_precision == "int8" else "moments 8bit")
+    if config.method == "projected":
+        check_rank(setup.plan.matrices, config.rank)
+        sizes = [record_bytes(planned, record_format(config)) for planned in setup.plan.matrices]
+        check_budget(residency_of(config, folder), sizes)
 
 
 def _say_plan(document: dict[str, Any]) -> None:
@@ -158,40 +173,47 @@ class _Run:
         console.say(f"base: held-out loss {result.loss:.4f}")
 
     def train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
-        config, setup = self.config, self.setup
+        config = self.config
         if manifest and manifest.step >= config.max_steps:
             console.say(f"training is complete at step {manifest.step}")
             cut_metrics(self.folder.metrics, manifest.step)
             return
-        with self._phase("train"):
-            torch.manual_seed(config.seed)
-            expected_codes = manifest.coded_fingerprints if manifest else None
-            loss_module, optimizer = build_training_parts(setup, config, kept, self.folder, expected_codes)
-            state = TrainingState(data=self.tokens.fingerprint)
-            if "start" not in self._evaluation():
-                result = evaluate_model(
-                    loss_module.model, self.held_out, config.per_device_train_batch_size, "evaluate start"
-                )
-                self._add_evaluation("start", asdict(result))
-                console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
-            if checkpoint and manifest:
-                state = load_checkpoint(checkpoint, manifest, optimizer)
-                console.say(f"resuming at step {state.step}")
-            cut_metrics(self.folder.metrics, state.step)
-            train(
-                Training(
-                    config=config,
-                    folder=self.folder,
-                    base=setup.base,
-                    loss_module=loss_module,
-                    optimizer=optimizer,
-                    train_NT=self.tokens.train_NT,
-                    validation_MT=self.tokens.validation_MT,
-                    state=state,
-                )
-            )
-            del loss_module, optimizer
+        try:
+            with self._phase("train"):
+                self._train(kept, checkpoint, manifest)
+        finally:
+            # What is worth keeping of the records, a checkpoint holds.
+            shutil.rmtree(self.folder.residency, ignore_errors=True)
         release_freed()
+
+    def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
+        config, setup = self.config, self.setup
+        torch.manual_seed(config.seed)
+        expected_codes = manifest.coded_fingerprints if manifest else None
+        loss_module, optimizer = build_training_parts(setup, config, kept, self.folder, expected_codes)
+        state = TrainingState(data=self.tokens.fingerprint)
+        if "start" not in self._evaluation():
+            result = evaluate_model(
+                loss_module.model, self.held_out, config.per_device_train_batch_size, "evaluate start"
+            )
+            self._add_evaluation("start", asdict(result))
+            console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
+        if checkpoint and manifest:
+            state = load_checkpoint(checkpoint, manifest, optimizer)
+            console.say(f"resuming at step {state.step}")
+        cut_metrics(self.folder.metrics, state.step)
+        train(
+            Training(
+                config=config,
+                folder=self.folder,
+                base=setup.base,
+                loss_module=loss_module,
+                optimizer=optimizer,
+                train_NT=self.tokens.train_NT,
+                validation_MT=self.tokens.validation_MT,
+                state=state,
+            )
+        )
 
     def merge(self) -> None:
         config = self.config

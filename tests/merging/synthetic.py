@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.families.plan import Plan
 from pcscale.families.registry import family_of
-from pcscale.projection.record import record_shapes
+from pcscale.projection.layout import value_shapes
 from pcscale.storage.hashing import fingerprint_file
 from tests.merging.trained import BASE_NAME, open_base
 
@@ -41,7 +41,7 @@ def write_checkpoint(folder: Path, widths: tuple[int, int], **config: Any) -> Pl
     outer |= {f"direct.{w.name}": filled(w.shape) for w in plan.weights if not w.is_matrix}
     save_file(outer, checkpoint / OUTER_NAME)
     for planned in plan.matrices:
-        record = {name: filled(shape) for name, shape in record_shapes(planned).items()}
+        record = {name: filled(shape) for name, shape in value_shapes(planned).items()}
         save_file(record, checkpoint / record_file(planned.name))
     files = [OUTER_NAME, *(record_file(planned.name) for planned in plan.matrices)]
     Manifest(
