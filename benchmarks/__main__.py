@@ -3,11 +3,21 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import demo, merge_7b, plan_time, step_time
+from benchmarks import demo, gpu, memory, merge_7b, plan_time, quality, step_time, sweep_time
 from benchmarks.report import write_report
 from pcscale.common.console import console
 
-BENCHMARKS = {"plan": plan_time, "step": step_time, "merge": merge_7b, "demo": demo}
+BENCHMARKS = {
+    "plan": (plan_time, plan_time.run),
+    "step": (step_time, step_time.run),
+    "sweep": (sweep_time, sweep_time.run),
+    "merge": (merge_7b, merge_7b.run),
+    "demo": (demo, demo.run),
+    "memory-1b": (memory, memory.run_1b),
+    "memory-8b": (memory, memory.run_8b),
+    "state-quality": (quality, quality.run),
+    "gpu": (gpu, gpu.run),
+}
 
 
 def main() -> None:
@@ -20,8 +30,8 @@ def main() -> None:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
     console.configure(quiet=False)
     for name in arguments.names or BENCHMARKS:
-        module = BENCHMARKS[name]
-        print(write_report(name, f"python -m benchmarks {name}", module.__doc__ or "", module.run(arguments.scratch)))
+        module, run = BENCHMARKS[name]
+        print(write_report(name, f"python -m benchmarks {name}", module.__doc__ or "", run(arguments.scratch)))
 
 
 if __name__ == "__main__":

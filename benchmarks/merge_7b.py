@@ -13,22 +13,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Row
+from benchmarks.shapes import fill, make_base, noise
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
 from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.console import console
 from pcscale.common.units import format_bytes, format_seconds
+from pcscale.families.costs import out_side_first
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.registry import family_of
 from pcscale.families.widths import plan_widths
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
-from pcscale.merging.layout import lay_out
-from pcscale.projection.algebra import out_side_first
+from pcscale.projection.layout import value_shapes
 from pcscale.projection.persist import direct_name, kept_entry
-from pcscale.projection.record import record_shapes
 from pcscale.storage.hashing import fingerprint_file
-from pcscale.storage.index import INDEX_NAME
 from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors
 
 NEEDED_BYTES = 40 * 10**9
@@ -47,7 +46,6 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 1024, 2816
-_NOISE = 2**24
 
 
 def run(scratch: Path) -> list[Row]:
@@ -65,7 +63,7 @@ def run(scratch: Path) -> list[Row]:
 
 def _measure(folder: Path) -> list[Row]:
     plan = plan_widths(family_of(CONFIG, "benchmark"), CONFIG, HIDDEN_SIZE, INTERMEDIATE_SIZE)
-    base_bytes = _make_base(folder / "base", plan)
+    base_bytes = make_base(folder / "base", CONFIG, SHARD_BYTES)
     record_bytes = _make_checkpoint(folder / "step-00000001", plan, folder / "base")
     copy_rate = _copy_rate(next((folder / "base").glob("model-00001*")), folder / "copy")
     products = _products_seconds(plan)
@@ -92,38 +90,8 @@ def _measure(folder: Path) -> list[Row]:
     ]
 
 
-def _noise(scale: float) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(_NOISE, generator=generator) * scale).bfloat16()
-
-
-def _fill(tensor: torch.Tensor, noise: torch.Tensor) -> None:
-    for part in tensor.view(-1).split(len(noise)):
-        part.copy_(noise[: len(part)])
-
-
-def _make_base(folder: Path, plan: Plan) -> int:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    whole = Plan(plan.family, plan.base_config, plan.base_config["hidden_size"], plan.base_config["intermediate_size"])
-    shards = lay_out(whole, {planned.name: torch.bfloat16 for planned in whole.weights}, SHARD_BYTES)
-    noise = _noise(0.02)
-    with console.progress("make base", len(shards), "shards") as progress:
-        for shard in shards:
-            shapes: dict[str, TensorShape] = {
-                planned.name: (torch.bfloat16, planned.shape) for planned in shard.weights
-            }
-            with ShardWriter(folder / shard.name, shapes) as writer:
-                for planned in shard.weights:
-                    _fill(writer[planned.name], noise)
-            progress.advance(1)
-    weight_map = {planned.name: shard.name for shard in shards for planned in shard.weights}
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def _make_checkpoint(folder: Path, plan: Plan, base: Path) -> int:
-    noise, files = _noise(1e-3), {}
+    values, files = noise(1e-3), {}
     kept = select(plan, random_scores(plan, seed=0))
     (folder / "records").mkdir(parents=True)
     outer = {kept_entry(name): indices for name, indices in kept.items()}
@@ -134,12 +102,12 @@ def _make_checkpoint(folder: Path, plan: Plan, base: Path) -> int:
                 outer[direct_name(planned.name)] = torch.ones(planned.shape)
                 continue
             shapes: dict[str, TensorShape] = {
-                name: (torch.bfloat16, shape) for name, shape in record_shapes(planned).items()
+                name: (torch.bfloat16, shape) for name, shape in value_shapes(planned).items()
             }
             path = folder / record_file(planned.name)
             with ShardWriter(path, shapes) as writer:
                 for name in shapes:
-                    _fill(writer[name], noise)
+                    fill(writer[name], values)
             files[record_file(planned.name)] = fingerprint_file(path)
     files[OUTER_NAME] = write_tensors(folder / OUTER_NAME, outer)
     fingerprints = MappedBase(BaseFolder(base, str(base), None)).check_all()
@@ -184,7 +152,7 @@ def _product_seconds(planned: PlannedWeight) -> float:
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        if D_oO is not None and (D_Ii is None or out_side_first(O, I, o, i)):
+        if D_oO is not None and (D_Ii is None or out_side_first((O, I), (o, i))):
             X = D_oO @ W_OI
             X = X if D_Ii is None else X @ D_Ii
         else:

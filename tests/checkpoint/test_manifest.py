@@ -38,6 +38,8 @@ def folder(tmp_path: Path) -> Path:
         hidden_size=24,
         intermediate_size=40,
         files={FILE: fingerprint_file(tmp_path / FILE)},
+        projection_rank=3,
+        coded_fingerprints={"model.embed_tokens.weight": "0f0f"},
     ).write(tmp_path)
     return tmp_path
 
@@ -46,8 +48,20 @@ def test_a_manifest_comes_back_as_it_was_written(folder: Path) -> None:
     manifest = Manifest.read(folder)
     assert dataclasses.asdict(manifest) == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest.step, manifest.method, manifest.base_name) == (7, "projected", "größer/base")
+    assert (manifest.format_version, manifest.projection_rank) == (2, 3)
+    assert manifest.coded_fingerprints == {"model.embed_tokens.weight": "0f0f"}
     manifest.write(folder)
     assert Manifest.read(folder) == manifest
+
+
+def test_a_manifest_of_version_1_is_of_whole_projections_of_the_stored_base(folder: Path) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"format_version": 1}
+    del values["projection_rank"], values["coded_fingerprints"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    manifest = Manifest.read(folder)
+    assert (manifest.projection_rank, manifest.coded_fingerprints) == (None, {})
+    assert {key: value for key, value in dataclasses.asdict(manifest).items() if key in values} == values
 
 
 def test_the_plan_follows_from_the_manifest_alone(folder: Path) -> None:
@@ -90,10 +104,10 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', "3"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', '{"format_version": 3}', "3"])
 def test_another_format_is_refused_whatever_else_it_holds(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(RequestError, match=r" has checkpoint format (None|99), this version reads 1\."):
+    with pytest.raises(RequestError, match=r" has checkpoint format (None|99|3), this version reads 1 and 2\."):
         Manifest.read(tmp_path)
 
 
@@ -105,6 +119,8 @@ def test_another_format_is_refused_whatever_else_it_holds(text: str, tmp_path: P
         ("base_fingerprints", {"a": 1}, r"base_fingerprints\.a: Input should be a valid string"),
         ("files", None, r"files: Input should be a valid dictionary"),
         ("hidden_size", 24.5, r"hidden_size: Input should be a valid integer"),
+        ("projection_rank", "full", r"projection_rank: Input should be a valid integer"),
+        ("coded_fingerprints", {"a": 1}, r"coded_fingerprints\.a: Input should be a valid string"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(key: str, value: object, problem: str, folder: Path) -> None:

@@ -25,7 +25,7 @@ FLAGS = {
     "verify": [],
     "report": [],
 }
-PLAN_KEYS = {"base", "compressed", "trainable", "flops", "memory", "peak"}
+PLAN_KEYS = {"base", "compressed", "trainable", "flops", "moved", "memory", "peak"}
 MERGE_KEYS = {
     "output",
     "tensors",
@@ -124,6 +124,7 @@ def test_json_of_plan_has_the_documented_keys(world: World) -> None:
     assert set(document["compressed"]) == {"hidden_size", "intermediate_size", "parameters", "keep_fraction"}
     assert set(document["trainable"]) == {"parameters", "bytes"}
     assert set(document["flops"]) == {"compose_per_step", "pull_back_per_step", "train_per_token"}
+    assert set(document["moved"]) == {"base", "records_read", "records_written"}
     assert all(set(part) == {"home", "bytes"} for part in document["memory"].values())
     assert all(set(peak) == {"device_bytes", "host_bytes", "disk_bytes"} for peak in document["peak"].values())
     assert document["compressed"]["keep_fraction"] == pytest.approx(0.4, abs=0.05)

@@ -30,4 +30,6 @@ def test_a_default_is_shown_as_it_is_written_in_yaml(name: str, text: str) -> No
 def test_the_help_names_every_setting_with_default_and_description() -> None:
     lines = settings_help().splitlines()
     for name, field in RunConfig.model_fields.items():
-        assert f"  {name} ({default_text(field)}): {field.description}" in lines
+        assert field.description
+        description = " ".join(field.description.split())  # A docstring may go over several lines.
+        assert f"  {name} ({default_text(field)}): {description}" in lines, name

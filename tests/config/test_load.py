@@ -138,10 +138,17 @@ def test_an_argument_without_a_value_takes_the_setting_back(tmp_path: Path) -> N
         ("intermediate_sise: 3", "intermediate_sise is not a setting. Did you mean 'intermediate_size'?"),
         ("validation: x.txt", "validation is not a setting. Did you mean 'data.validation'?"),
         ("dat: x.txt", "dat is not a setting. Did you mean 'data'?"),
+        ("projection_ran: 16", "projection_ran is not a setting. Did you mean 'projection_rank'?"),
+        ("pinned: 1GB", "pinned is not a setting. Did you mean 'pinned_memory'?"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(line: str, message: str, tmp_path: Path) -> None:
     assert _refusal(tmp_path, line + "\n") == message
+
+
+@pytest.mark.parametrize("key", ["distill", "optimizer", "learn_start"])
+def test_a_setting_of_no_part_that_is_there_is_unknown(key: str, tmp_path: Path) -> None:
+    assert _refusal(tmp_path, f"{key}: 1\n").startswith(f"{key} is not a setting. Did you mean ")
 
 
 def test_an_unknown_key_in_a_group_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
@@ -174,7 +181,19 @@ def test_an_unknown_key_is_named_before_the_missing_one_it_was_meant_for(tmp_pat
         ("base: 7", "base is 7: input should be a valid string."),
         ("data: text.txt", "data is 'text.txt': input should be a valid dictionary"),
         ("method: prune", "method is 'prune': this version takes only 'projected' or 'hard_prune'."),
-        ("base_home: cpu", "base_home is 'cpu': this version takes only 'disk'."),
+        ("start: random", "start is 'random': this version takes only 'selection'."),
+        ("base_home: gpu", "base_home is 'gpu': this version takes only 'disk', 'cpu' or 'device'."),
+        ("base_precision: int4", "base_precision is 'int4': this version takes only 'stored' or 'int8'."),
+        ("residency: nvme", "residency is 'nvme': this version takes only 'device', 'cpu' or 'disk'."),
+        ("record_dtype: float16", "record_dtype is 'float16': this version takes only 'float32' or 'bfloat16'."),
+        ("moments: 8", "moments is 8: this version takes only '32bit' or '8bit'."),
+        ("gradient_dtype: float16", "gradient_dtype is 'float16': this version takes only 'float32' or 'bfloat16'."),
+        ("gradient_home: disk", "gradient_home is 'disk': this version takes only 'device' or 'cpu'."),
+        ("projection_rank: half", "projection_rank is 'half': expected full, or a number of at least 1."),
+        ("projection_rank: 0", "projection_rank is 0: expected full, or a number of at least 1."),
+        ("projection_rank: 2.5", "projection_rank is 2.5: expected full, or a number of at least 1."),
+        ("projection_rank: true", "projection_rank is True: expected full, or a number of at least 1."),
+        ("pinned_memory: lots", "pinned_memory: 'lots' is not a size. Write it like 5GB, 5GiB or 5000000000."),
         ("deepspeed: zero.json", "deepspeed is 'zero.json': this version takes only None."),
         ("max_memory: lots", "max_memory: 'lots' is not a size. Write it like 5GB, 5GiB or 5000000000."),
         ("max_shard_size: -1", "max_shard_size: '-1' is not a size. Write it like 5GB, 5GiB or 5000000000."),
@@ -293,6 +312,41 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
             read_values(path)
 
 
+OF_RECORDS = [
+    "base_home: cpu",
+    "base_home: device",
+    "base_precision: int8",
+    "residency: cpu",
+    "residency: disk",
+    "record_dtype: bfloat16",
+    "moments: 8bit",
+    "projection_rank: 16",
+]
+"""What the projected method alone may have otherwise than by default."""
+NO_RECORDS = "has no meaning with method hard_prune, which has no records: remove it."
+
+
+@pytest.mark.parametrize("line", [*OF_RECORDS, "gradient_home: cpu", "pinned_memory: 2GiB"])
+def test_where_and_how_things_are_kept_is_a_choice(line: str, tmp_path: Path) -> None:
+    config = _load(tmp_path, line + "\n")
+    [(key, value)] = yaml.safe_load(line).items()
+    assert getattr(config, key) == value != RunConfig.model_fields[key].default
+    assert _load(tmp_path, "", line.replace(": ", "=")) == config
+
+
+@pytest.mark.parametrize("line", ["gradient_home: cpu", "gradient_dtype: bfloat16\nbf16: true"])
+def test_the_control_arm_has_gradients_to_choose_a_place_for(line: str, tmp_path: Path) -> None:
+    config = _load(tmp_path, f"method: hard_prune\n{line}\n")
+    assert (config.gradient_home, config.gradient_dtype) in (("cpu", "float32"), ("device", "bfloat16"))
+
+
+@pytest.mark.parametrize(("rank", "number"), [("full", None), ("1", 1), ("16", 16)])
+def test_a_rank_is_full_or_a_number(rank: str, number: int | None, tmp_path: Path) -> None:
+    config = _load(tmp_path, f"projection_rank: {rank}\n")
+    assert config.rank == number
+    assert check_values(yaml.safe_load(dump_run_config(config)), "dumped").rank == number
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -307,6 +361,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
             "method: hard_prune\naux_learning_rate: 1e-4",
             "aux_learning_rate has no meaning with method hard_prune: set learning_rate.",
         ),
+        (
+            "gradient_dtype: bfloat16",
+            "gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32.",
+        ),
+        *((f"method: hard_prune\n{line}", f"{line.partition(':')[0]} {NO_RECORDS}") for line in OF_RECORDS),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(lines: str, message: str, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_bfloat16_model_holds_the_rounded_composed_weights(tiny_base: TinyBase
     train(model, optimizer, steps_of(1))
     for name, parameter in model.named_parameters():
         if name in optimizer.records:
-            whole = compose(compression.weights[name], optimizer.records[name].projection)
+            whole = compose(compression.weights[name], optimizer.records[name].projection())
         else:
             whole = optimizer.direct[name].value
         assert not torch.equal(whole, whole.bfloat16().float()), "there is something to round"

@@ -159,7 +159,7 @@ def test_a_state_of_other_widths_is_refused(compression: Compression, tmp_path: 
     manifest = write(compression, optimizer, tmp_path)
     wider = Compression.of(compression.base.folder, hidden_size=28)
     message = (
-        f"{tmp_path / record_file('model.embed_tokens.weight')}: delta_in is [32, 24], this run expects [32, 28]. "
+        f"{tmp_path / record_file('model.embed_tokens.weight')}: aux is F32 [300, 24], this run expects F32 [300, 28]. "
         "Use its own run.yaml."
     )
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
@@ -173,6 +173,6 @@ def test_a_state_without_a_tensor_is_refused(compression: Compression, tmp_path:
     del outer[f"direct.{NORM}.exp_avg"]
     save_file(outer, tmp_path / OUTER_NAME)
     files[OUTER_NAME] = fingerprint_file(tmp_path / OUTER_NAME)
-    message = f"{tmp_path / OUTER_NAME}: direct.{NORM}.exp_avg is nothing, this run expects [24]. Use its own run.yaml."
+    message = f"{tmp_path / OUTER_NAME}: direct.{NORM}.exp_avg is nothing, this run expects F32 [24]. Use its own run.yaml."
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         read_state(optimizer, tmp_path, manifest_of(compression, files))

@@ -103,7 +103,7 @@ def wait_for_step(run: Path, step: int, process: BaseProcess) -> None:
     raise AssertionError(f"step {step} was never reached")
 
 
-def run_killed(world: World, run: Path, target: str, call: int) -> None:
-    yaml = write_yaml(run.parent / "run.yaml", run_values(world, run))
+def run_killed(world: World, run: Path, target: str, call: int, **changes: Any) -> None:
+    yaml = write_yaml(run.parent / "run.yaml", run_values(world, run, **changes))
     process = start(["compress", yaml], run.parent / "log", kill_itself(target, call))
     assert wait(process) == -signal.SIGKILL, (run.parent / "log").read_text()

@@ -85,13 +85,16 @@ def test_run_yaml_holds_every_setting_and_says_the_same_again(world: World, fini
 def test_metrics_have_a_row_for_every_step_in_full_precision(world: World, finished: Path) -> None:
     rows = metrics(finished)
     assert [row["step"] for row in rows] == list(range(1, 41))
-    keys = {"step", "tokens", "loss", "learning_rate", "grad_norm", "seconds"}
+    keys = {"step", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "moved_bytes"}
     assert all(set(row) - {"eval_loss"} == keys for row in rows)
     assert [row["step"] for row in rows if "eval_loss" in row] == [20, 40]
     assert [row["tokens"] for row in rows] == [96 * step for step in range(1, 41)]
     assert rows[0]["learning_rate"] == pytest.approx(1e-3)
     assert rows[2]["learning_rate"] == 1e-2
     assert all(row["seconds"] > 0 for row in rows)
+    # Records stay on the device: what moves is every matrix of the base, once a step.
+    matrices = [tensor for tensor in load_file(world.base / "model.safetensors").values() if tensor.ndim == 2]
+    assert {row["moved_bytes"] for row in rows} == {sum(tensor.nbytes for tensor in matrices)}
     # A float32 loss written out whole comes back as itself.
     assert all(torch.tensor(row["loss"], dtype=torch.float32).item() == row["loss"] for row in rows)
 

@@ -115,9 +115,11 @@ def test_a_run_killed_from_outside_at_a_random_instant_goes_on_bit_for_bit(
         pytest.param("pcscale.training.pipeline:evaluate_base", 1, [], id="before the base's evaluation"),
         pytest.param("pcscale.training.pipeline:evaluate_model", 1, [], id="before the start's evaluation"),
         pytest.param("pcscale.training.loop:training_step", 1, [], id="before the first step"),
-        pytest.param("pcscale.projection.persist:write_tensors", 9, [], id="in the first checkpoint"),
-        pytest.param("pcscale.projection.sweep:publish", 110, [4], id="in the middle of a sweep"),
-        pytest.param("pcscale.projection.persist:write_tensors", 20, [4], id="in the second checkpoint"),
+        # 15 matrices, 5 norms: a step publishes 20 weights, a checkpoint writes 15 records and then the rest.
+        pytest.param("pcscale.projection.residency:write_tensors", 9, [], id="in the first checkpoint"),
+        pytest.param("pcscale.projection.sweep:_publish", 110, [4], id="in the middle of a sweep"),
+        pytest.param("pcscale.projection.residency:write_tensors", 20, [4], id="in the second checkpoint"),
+        pytest.param("pcscale.projection.persist:write_tensors", 2, [4], id="after its records"),
         pytest.param("pcscale.checkpoint.manifest:write_json", 2, [4], id="before the manifest"),
         pytest.param("pcscale.training.loop:RunFolder.prune_checkpoints", 3, [4, 8, 10], id="before old ones go"),
         pytest.param("pcscale.training.pipeline:merge", 1, [8, 10], id="before the merge"),
@@ -133,6 +135,53 @@ def test_a_run_killed_at_a_chosen_instant_goes_on_bit_for_bit(
     compress(run_config(world, run), resume=True)
     _assert_equal(run, reference)
     assert saved_steps(run)[-2:] == [8, 10]
+
+
+COMPACT = {
+    "base_precision": "int8",
+    "record_dtype": "bfloat16",
+    "moments": "8bit",
+    "projection_rank": 5,
+    "weight_decay": 0.1,
+}
+"""Settings of which each brings a state of its own into the checkpoint."""
+
+
+def _numbers(run: Path) -> list[dict[str, Any]]:
+    """The curve without the bytes moved, which tell where records live."""
+    return [{key: value for key, value in row.items() if key != "moved_bytes"} for row in curve(run)]
+
+
+@pytest.fixture(scope="module")
+def compact(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps without a stop, every record in few bits and on the device."""
+    run = tmp_path_factory.mktemp("compact") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pcscale.training.pipeline.write_report", report_without_plots)
+        compress(run_config(world, run, **COMPACT))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("target", "call", "steps_saved"),
+    [
+        pytest.param("pcscale.projection.residency:DiskHome.save", 9, [], id="in the first checkpoint"),
+        pytest.param("pcscale.projection.residency:DiskHome.put", 80, [4], id="in the middle of a sweep"),
+        pytest.param("pcscale.projection.residency:DiskHome.save", 20, [4], id="in the second checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("after", ["disk", "cpu", "device"])
+def test_a_killed_run_with_records_on_disk_goes_on_bit_for_bit_wherever_they_live_then(
+    target: str, call: int, steps_saved: list[int], after: str, world: World, run: Path, compact: Path
+) -> None:
+    children.run_killed(world, run, target, call, residency="disk", **COMPACT)
+    assert saved_steps(run) == steps_saved
+    compress(run_config(world, run, residency=after, **COMPACT), resume=True)
+    assert _numbers(run) == _numbers(compact)
+    assert merged_weights(run) == merged_weights(compact)
+    assert _losses(run) == _losses(compact)
+    assert leftovers(run.parent) == []
+    assert not (run / "residency").exists()
 
 
 def test_a_run_killed_twice_goes_on_bit_for_bit(stopped: Path, reference: Path, tmp_path: Path) -> None:

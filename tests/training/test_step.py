@@ -13,6 +13,7 @@ from pcscale.config.schema import RunConfig
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.folder import RunFolder
 from pcscale.training.setup import build_training_parts, prepare
 from pcscale.training.step import StepResult, training_step
 
@@ -20,11 +21,15 @@ UNCLIPPED = 1e9
 Parts = tuple[NextTokenLoss, ProjectedAdamW]
 
 
+def build_parts(settings: RunConfig) -> Parts:
+    setup = prepare(settings)
+    kept = select(setup.plan, random_scores(setup.plan, seed=0))
+    return build_training_parts(setup, settings, kept, RunFolder(Path(settings.output)))
+
+
 @pytest.fixture(params=["projected", "hard_prune"])
 def parts(request: pytest.FixtureRequest, config: Callable[..., RunConfig]) -> Parts:
-    settings = config(method=request.param)
-    setup = prepare(settings)
-    return build_training_parts(setup, settings, select(setup.plan, random_scores(setup.plan, seed=0)))
+    return build_parts(config(method=request.param))
 
 
 def _ids(count: int, seed: int = 0) -> torch.Tensor:
@@ -156,12 +161,13 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
 
 
-def test_gradients_accumulate_in_float32_where_the_model_is_bfloat16(
-    config: Callable[..., RunConfig], tmp_path: Path
+@pytest.mark.parametrize(
+    ("changes", "dtype"), [({}, torch.float32), ({"gradient_dtype": "bfloat16"}, torch.bfloat16)], ids=["whole", "half"]
+)
+def test_gradients_of_a_bfloat16_model_accumulate_in_float32_or_as_asked(
+    changes: dict[str, str], dtype: torch.dtype, config: Callable[..., RunConfig]
 ) -> None:
-    settings = config(bf16=True)
-    setup = prepare(settings)
-    parts = build_training_parts(setup, settings, select(setup.plan, random_scores(setup.plan, seed=0)))
+    parts = build_parts(config(bf16=True, **changes))
     _, gradients = _gradients(parts, list(_ids(4).split(2)), UNCLIPPED)
     assert {parameter.dtype for parameter in parts[0].parameters()} == {torch.bfloat16}
-    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    assert {gradient.dtype for gradient in gradients.values()} == {dtype}
