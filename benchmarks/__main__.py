@@ -1,6 +1,7 @@
 """`python -m benchmarks [NAME …]`: run benchmarks and write their dated reports into benchmarks/reports/."""
 
 import argparse
+import os
 from pathlib import Path
 
 from benchmarks import demo, gpu, memory, merge_7b, plan_time, quality, step_time, sweep_time
@@ -21,6 +22,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # As the command line does.
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--scratch", type=Path, default=Path(".cache/benchmarks"), help="where large files are made")

@@ -101,41 +101,76 @@ class Rates:
 
 @dataclass
 class Matrix:
-    """A base matrix with its dense projections as autograd leaves."""
+    """A base matrix with its dense projections S + D, and what is trained of them as autograd leaves."""
 
     W_OI: torch.Tensor
     S_oO: torch.Tensor | None  # None: this side keeps its size
     S_Ii: torch.Tensor | None
-    D_oO: torch.Tensor | None
-    D_Ii: torch.Tensor | None
+    out: list[torch.Tensor]
+    """Leaves of D_out: `[D]`, or `[U, V]` with D = V U; empty: this side keeps its size."""
+    in_: list[torch.Tensor]
+    """Leaves of D_in: `[D]`, or `[U, V]` with D = U V."""
     aux_oi: torch.Tensor
+    """The change of aux since the start."""
+    aux_start_oi: torch.Tensor
 
     @classmethod
-    def start(cls, W_OI: torch.Tensor, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> "Matrix":
+    def start(
+        cls,
+        W_OI: torch.Tensor,
+        kept_out: torch.Tensor | None,
+        kept_in: torch.Tensor | None,
+        seen_OI: torch.Tensor | None = None,
+        U_rO: torch.Tensor | None = None,
+        U_Ir: torch.Tensor | None = None,
+    ) -> "Matrix":
+        """The hard-pruned start.
+
+        Args:
+            seen_OI: what training sees in place of W; aux starts where the kept entries are W's all the same.
+            U_rO, U_Ir: make D a product of two factors, the other of which begins at zero.
+        """
         O, I = W_OI.shape
         # Who keeps every index keeps the size: such a side has no projection.
         kept_out = None if kept_out is None or len(kept_out) == O else kept_out
         kept_in = None if kept_in is None or len(kept_in) == I else kept_in
         S_oO = None if kept_out is None else torch.eye(O)[kept_out]
         S_Ii = None if kept_in is None else torch.eye(I)[:, kept_in]
-        aux_oi = torch.zeros(O if kept_out is None else len(kept_out), I if kept_in is None else len(kept_in))
-        leaves = [None if value is None else torch.zeros_like(value) for value in (S_oO, S_Ii)] + [aux_oi]
-        for leaf in leaves:
-            if leaf is not None:
-                leaf.requires_grad_(True)
-        return cls(W_OI, S_oO, S_Ii, leaves[0], leaves[1], aux_oi)
+        out, in_ = [], []
+        if S_oO is not None:
+            out = [torch.zeros_like(S_oO)] if U_rO is None else [U_rO.clone(), torch.zeros(len(S_oO), len(U_rO))]
+        if S_Ii is not None:
+            in_ = (
+                [torch.zeros_like(S_Ii)] if U_Ir is None else [U_Ir.clone(), torch.zeros(U_Ir.shape[1], S_Ii.shape[1])]
+            )
+        seen_OI = W_OI if seen_OI is None else seen_OI
+        lost = W_OI - seen_OI
+        lost = lost if kept_out is None else lost[kept_out]
+        lost = lost if kept_in is None else lost[:, kept_in]
+        matrix = cls(seen_OI, S_oO, S_Ii, out, in_, torch.zeros_like(lost), lost)
+        for leaf in (*out, *in_, matrix.aux_oi):
+            leaf.requires_grad_(True)
+        return matrix
+
+    @property
+    def factors(self) -> list[torch.Tensor]:
+        """The U of both sides, if D is a product."""
+        return [side[0] for side in (self.out, self.in_) if len(side) == 2]
 
     @property
     def deltas(self) -> list[torch.Tensor]:
-        return [delta for delta in (self.D_oO, self.D_Ii) if delta is not None]
+        """The leaves that decay: D, or V."""
+        return [side[-1] for side in (self.out, self.in_) if side]
 
     def compose(self) -> torch.Tensor:
         w_xx = self.W_OI
-        if self.S_oO is not None and self.D_oO is not None:
-            w_xx = (self.S_oO + self.D_oO) @ w_xx
-        if self.S_Ii is not None and self.D_Ii is not None:
-            w_xx = w_xx @ (self.S_Ii + self.D_Ii)
-        return w_xx + self.aux_oi
+        if self.S_oO is not None:
+            D_oO = self.out[0] if len(self.out) == 1 else self.out[1] @ self.out[0]
+            w_xx = (self.S_oO + D_oO) @ w_xx
+        if self.S_Ii is not None:
+            D_Ii = self.in_[0] if len(self.in_) == 1 else self.in_[0] @ self.in_[1]
+            w_xx = w_xx @ (self.S_Ii + D_Ii)
+        return w_xx + (self.aux_start_oi + self.aux_oi)
 
 
 @dataclass
@@ -152,6 +187,10 @@ class Reference:
     base: Weights
     kept: Kept
     rates: Rates
+    seen: Weights = field(default_factory=dict)
+    """What training sees in place of some base weights, such as 8-bit ones."""
+    factors: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = field(default_factory=dict)
+    """`U_rO` and `U_Ir` of the matrices whose D are products."""
     norms: list[float] = field(default_factory=list)
     """Of each step's gradients of the compressed weights, before clipping."""
 
@@ -165,7 +204,8 @@ class Reference:
             if short in SIDES:
                 sides = [f"ffn.{layer}" if side == "ffn" else side for side in SIDES[short]]
                 kept_out, kept_in = (None if side is None else self.kept[side] for side in sides)
-                self.matrices[name] = Matrix.start(weight.float(), kept_out, kept_in)
+                U_rO, U_Ir = self.factors.get(name, (None, None))
+                self.matrices[name] = Matrix.start(weight.float(), kept_out, kept_in, self.seen.get(name), U_rO, U_Ir)
             else:
                 self.direct[name] = pruned[name].float().clone().requires_grad_(True)
         rates = self.rates
@@ -173,6 +213,7 @@ class Reference:
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [delta for matrix in matrices for delta in matrix.deltas], "lr": rates.lr},
+                {"params": [U for matrix in matrices for U in matrix.factors], "lr": rates.lr, "weight_decay": 0.0},
                 {"params": [matrix.aux_oi for matrix in matrices], "lr": rates.aux_lr},
                 {"params": list(self.direct.values()), "lr": rates.aux_lr, "weight_decay": 0.0},
             ],

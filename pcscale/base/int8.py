@@ -123,7 +123,7 @@ def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, 
 
 
 def _bound_to(base: MappedBase) -> str:
-    return json.dumps([_FORMAT, base.check_all()])
+    return json.dumps([_FORMAT, base.check_all()], sort_keys=True)
 
 
 def _fingerprint(reader: TensorReader, name: str) -> str:

@@ -1,5 +1,6 @@
 """`pcscale`: one subcommand per job. Every subcommand imports what it needs when it runs."""
 
+import os
 import sys
 from typing import Any
 
@@ -49,4 +50,7 @@ for name, module in (
 
 
 def run() -> None:
+    # Torch reads it when it first allocates: a fresh tensor of some megabytes then costs a quarter of the page faults'
+    # time (docs/decisions/0011). Linux only; elsewhere nobody reads it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(prog_name="pcscale")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pcscale.base import forward
+from pcscale.base.int8 import Int8Base
 from pcscale.compressed import loss
 from pcscale.config.schema import DataConfig, RunConfig
 from pcscale.memory.estimate import (
@@ -17,12 +18,16 @@ from pcscale.memory.estimate import (
     PHASES,
     checkpoint_bytes,
     merge_need_bytes,
+    moved_bytes,
     on_host_alone,
     phase_peaks,
     plan_document,
     train_components,
 )
+from pcscale.projection.layout import RecordFormat, overlap_bytes, record_bytes
 from pcscale.projection.persist import write_state
+from pcscale.projection.residency import Residency
+from pcscale.projection.sweep import ProjectedAdamW
 from tests.projection.parts import Compression, TinyBase
 from tests.tiny import CASES
 
@@ -31,9 +36,13 @@ HEADER_SHARE = 0.1
 COMPONENTS = {
     "compressed weights",
     "gradients",
+    "frozen base",
     "records",
     "moments",
+    "record buffers",
+    "pinned buffers",
     "norms and biases",
+    "base on its way",
     "base in flight",
     "sweep temporaries",
     "activations",
@@ -80,15 +89,86 @@ def test_state_is_predicted_to_the_byte(family: str, tied: bool, method: str, bf
 def test_every_component_is_positive_and_has_a_home(compression: Compression) -> None:
     components = train_components(compression.plan, settings())
     assert components.keys() == COMPONENTS
-    assert all(component.num_bytes > 0 for component in components.values())
-    homes = {name: component.home for name, component in components.items()}
-    assert homes == {name: "host" if name == "libraries" else "device" for name in COMPONENTS}
+    unused = {"record buffers", "pinned buffers"}
+    assert {name for name, component in components.items() if not component.num_bytes} == unused
+    homes = {"libraries": "host", "pinned buffers": "host", "frozen base": "disk"}
+    assert {name: component.home for name, component in components.items()} == {
+        name: homes.get(name, "device") for name in COMPONENTS
+    }
+
+
+@pytest.mark.parametrize(("rank", "base_precision", "weight_decay"), [(None, "stored", 0.0), (4, "int8", 0.1)])
+@pytest.mark.parametrize("residency", ["device", "cpu", "disk"])
+@pytest.mark.parametrize("moments", ["32bit", "8bit"])
+@pytest.mark.parametrize("record_dtype", ["float32", "bfloat16"])
+def test_records_of_every_form_and_home_are_predicted_to_the_byte(
+    record_dtype: str,
+    moments: str,
+    residency: str,
+    rank: int | None,
+    base_precision: str,
+    weight_decay: float,
+    tiny_base: TinyBase,
+    tmp_path: Path,
+) -> None:
+    compression = Compression.of(tiny_base("llama", True))
+    config = settings(
+        record_dtype=record_dtype,
+        moments=moments,
+        residency=residency,
+        projection_rank=rank or "full",
+        base_precision=base_precision,
+        weight_decay=weight_decay,
+    )
+    base = compression.base
+    if base_precision == "int8":
+        base = Int8Base(base, tmp_path / "base-int8.safetensors")
+    optimizer = ProjectedAdamW(
+        compression.model(),
+        compression.plan,
+        base,
+        compression.kept,
+        weight_decay=weight_decay,
+        form=RecordFormat(config.record_dtype, config.moments, config.rank),
+        residency=Residency(config.residency, tmp_path / "records"),
+    )
+    optimizer.records.traffic.base_read = 0
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [record.tensors() for record in optimizer.records.values()]
+    predicted = train_components(compression.plan, config)
+    found = {
+        "records": held_bytes([tensor for record in tensors for name, tensor in record.items() if "." not in name]),
+        "moments": held_bytes([tensor for record in tensors for name, tensor in record.items() if "." in name]),
+        "frozen base": sum(base.weight(planned.name).num_bytes for planned in compression.plan.matrices),
+    }
+    assert {name: predicted[name].num_bytes for name in found} == found
+    traffic = optimizer.records.traffic
+    moved = moved_bytes(compression.plan, config)
+    assert moved == {
+        "base": traffic.base_read,
+        "records_read": moved["records_written"],
+        "records_written": traffic.records_written,
+    }
+
+
+def test_buffers_are_those_that_residency_takes(compression: Compression, tmp_path: Path) -> None:
+    sizes = [record_bytes(planned, RecordFormat()) for planned in compression.plan.matrices]
+    whole = train_components(compression.plan, settings(residency="disk"))
+    assert whole["record buffers"].num_bytes == whole["pinned buffers"].num_bytes == overlap_bytes(sizes)
+    capped = train_components(compression.plan, settings(residency="disk", pinned_memory=max(sizes)))
+    assert capped["pinned buffers"].num_bytes == max(sizes)
+    on_host = on_host_alone(plan_document(compression.plan, settings(residency="disk", pinned_memory=max(sizes)), "x"))
+    assert "record buffers" not in on_host["memory"], "one set of buffers does for both"
+    assert on_host["memory"]["pinned buffers"]["bytes"] == max(sizes)
 
 
 def test_hard_pruning_has_no_records_and_no_base(compression: Compression) -> None:
     components = train_components(compression.plan, settings(method="hard_prune"))
     zero = {name for name, component in components.items() if not component.num_bytes}
-    assert zero == {"records", "moments", "base in flight", "sweep temporaries"}
+    held = {"records", "moments", "record buffers", "pinned buffers"}
+    assert zero == {*held, "frozen base", "base on its way", "base in flight", "sweep temporaries"}
     document = plan_document(compression.plan, settings(method="hard_prune"), "tiny")
     assert document["flops"]["compose_per_step"] == document["flops"]["pull_back_per_step"] == 0
     assert document["trainable"]["parameters"] == compression.plan.parameters
@@ -152,6 +232,7 @@ def test_the_plan_document_has_the_keys_of_the_contract(compression: Compression
     }
     assert document["trainable"].keys() == {"parameters", "bytes"}
     assert document["trainable"]["bytes"] == 12 * document["trainable"]["parameters"]
+    assert document["moved"].keys() == {"base", "records_read", "records_written"}
     assert document["flops"].keys() == {"compose_per_step", "pull_back_per_step", "train_per_token"}
     assert all(flops > 0 for flops in document["flops"].values())
     assert document["memory"].keys() == COMPONENTS
@@ -164,7 +245,7 @@ def test_the_plan_document_has_the_keys_of_the_contract(compression: Compression
 
 def test_the_training_peak_is_the_sum_of_its_components(compression: Compression) -> None:
     document = plan_document(compression.plan, settings(), "tiny")
-    totals = {"device": 0, "host": 0}
+    totals = {"device": 0, "host": 0, "disk": 0}
     for component in document["memory"].values():
         totals[component["home"]] += component["bytes"]
     assert document["peak"]["train"]["device_bytes"] == totals["device"]
@@ -175,11 +256,14 @@ def test_the_training_peak_is_the_sum_of_its_components(compression: Compression
 def test_on_the_host_alone_the_device_s_share_moves_to_the_host(compression: Compression) -> None:
     document = plan_document(compression.plan, settings(), "tiny")
     moved = on_host_alone(document)
-    assert {component["home"] for component in moved["memory"].values()} == {"host"}
+    assert {component["home"] for component in moved["memory"].values()} == {"host", "disk"}
+    gpu_alone = {"base on its way", "pinned buffers"}
+    assert document["memory"].keys() - moved["memory"].keys() == gpu_alone
+    absent = sum(document["memory"][name]["bytes"] for name in gpu_alone)
     for phase, peak in document["peak"].items():
         assert moved["peak"][phase] == {
             "device_bytes": 0,
-            "host_bytes": peak["device_bytes"] + peak["host_bytes"],
+            "host_bytes": peak["device_bytes"] + peak["host_bytes"] - absent * (phase == "train"),
             "disk_bytes": peak["disk_bytes"],
         }
     assert {key: moved[key] for key in ("base", "compressed", "trainable", "flops")} == {

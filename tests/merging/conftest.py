@@ -1,5 +1,6 @@
 """Checkpoints and merged folders that tests only read, made once a session."""
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,15 @@ TRAINER = {
     },
 }
 """What the training loop leaves of a run, as far as the card shows it."""
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from a second thread; on a busy machine they wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,17 @@ SLACK_BYTES = 8 * MIB
 """Matrix kernels have buffers of their own, and the allocator keeps some freed blocks: a few MiB, by chance."""
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5504, "vocab_size": 256, **HEADS}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 256, **HEADS}
 MODELS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
-    "tiny": (
-        (16, 32),
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 256, **HEADS},
-    ),
+    "tiny": ((16, 32), TINY),
+    "tiny 8-bit base": ((16, 32), {**TINY, "int8": True}),
     "one layer": ((512, 1536), {**LARGE, "num_hidden_layers": 1}),
     "two layers": ((512, 1536), {**LARGE, "num_hidden_layers": 2}),
+    "low rank": ((512, 1536), {**LARGE, "num_hidden_layers": 1, "rank": 256}),
+    "8-bit base": (
+        (256, 768),
+        {**LARGE, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 1, "int8": True},
+    ),
     "tall": (
         (64, 128),
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 200_000, **HEADS},
@@ -47,7 +51,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Measur
         widths, config = MODELS[name]
         plan = write_checkpoint(folder, widths, tie_word_embeddings=True, **config)
         arguments = ("--base", folder / "base", "--output", folder / "merged", "--json", "--quiet")
-        cap = ("--max-memory", str(merge_need_bytes(plan)))
+        cap = ("--max-memory", str(merge_need_bytes(plan, config.get("rank"))))
         found = run_python("-m", "pcscale", "merge", folder / "step-00000001", *arguments, *cap)
         assert found.returncode == 0, found.stderr
         return plan, json.loads(found.stdout)
@@ -60,17 +64,20 @@ def test_anonymous_memory_stays_under_the_cap_and_the_interpreter(
     model: str, measured: Callable[[str], Measured]
 ) -> None:
     plan, result = measured(model)
-    assert result["max_memory_bytes"] == merge_need_bytes(plan)
+    assert result["max_memory_bytes"] == merge_need_bytes(plan, MODELS[model][1].get("rank"))
     assert 0 < result["peak_anonymous_bytes"] <= result["max_memory_bytes"] + INTERPRETER_BYTES
 
 
-@pytest.mark.parametrize("model", ["one layer", "tall"])
+@pytest.mark.parametrize(
+    ("model", "tiny"),
+    [("one layer", "tiny"), ("low rank", "tiny"), ("8-bit base", "tiny 8-bit base"), ("tall", "tiny")],
+)
 def test_what_blocks_take_over_a_tiny_merge_is_at_most_what_is_predicted(
-    model: str, measured: Callable[[str], Measured]
+    model: str, tiny: str, measured: Callable[[str], Measured]
 ) -> None:
     plan, result = measured(model)
-    taken = result["peak_anonymous_bytes"] - measured("tiny")[1]["peak_anonymous_bytes"]
-    assert taken <= merge_need_bytes(plan) + SLACK_BYTES
+    taken = result["peak_anonymous_bytes"] - measured(tiny)[1]["peak_anonymous_bytes"]
+    assert taken <= merge_need_bytes(plan, MODELS[model][1].get("rank")) + SLACK_BYTES
 
 
 def test_the_bound_on_blocks_is_far_below_the_matrices_themselves(measured: Callable[[str], Measured]) -> None:

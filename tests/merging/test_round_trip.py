@@ -1,22 +1,27 @@
 """Proof 4: a merged model is the live model, and stock transformers needs nothing of pcscale to load it."""
 
 import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pcscale.storage.hashing import fingerprint_file
 from tests.merging.conftest import CHAT_TEMPLATE
 from tests.merging.trained import (
+    COMPACT,
     FFN,
     HIDDEN,
     Train,
     TrainedRun,
     assert_same_tensors,
+    file_bytes,
     merge_run,
     merged_tensors,
     run_python,
@@ -26,6 +31,9 @@ from tests.tiny import CASES, FAMILIES, build_base
 
 LOGIT_TOLERANCE = 1e-5
 """The same float32 weights in two processes, whose buffers lie differently in memory: some last bits of the logits."""
+LIVE_TOLERANCE = 1e-5
+"""A D of low rank is formed in blocks, while the live weight is multiplied through its factors: float32, another order
+of sums. What the format itself loses, the live weight has lost as well."""
 TRAINED_DIFFERENCE = 0.02
 """Training moved some entry of every weight by at least so much, so that a merge which forgot it would show."""
 RUNS = [
@@ -131,6 +139,49 @@ def test_merged_weights_are_the_live_ones_rounded_to_the_bases_dtype(
     run = trained(*case)
     expected = {name: weight.to(case[3]) for name, weight in run.weights.items()}
     assert_same_tensors(merged_tensors(merged[case]), expected)
+
+
+@pytest.mark.parametrize("changes", COMPACT.values(), ids=COMPACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_trained_in_few_bits_is_merged_to_its_live_weights(
+    changes: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = build_base(tmp_path / "base", "qwen3", tied=False, dtype=dtype)
+    run = train_and_save(base, tmp_path / "checkpoints" / "step-00000003", **changes)
+    merge_run(run, tmp_path / "merged", dtype="float32")
+    found = merged_tensors(tmp_path / "merged")
+    assert found.keys() == run.weights.keys()
+    for name, weight in run.weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=LIVE_TOLERANCE, atol=LIVE_TOLERANCE)
+    merge_run(run, tmp_path / "rounded")
+    expected = {name: weight.to(dtype) for name, weight in found.items()}
+    assert_same_tensors(merged_tensors(tmp_path / "rounded"), expected)
+
+
+def test_a_checkpoint_away_from_its_8_bit_codes_is_merged_to_the_same_bytes(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    run = train_and_save(base, tmp_path / "run" / "checkpoints" / "step-00000003", int8=True)
+    merge_run(run, tmp_path / "merged")
+    moved = tmp_path / "alone" / "step-00000003"
+    shutil.copytree(run.checkpoint, moved)
+    merge_run(dataclasses.replace(run, checkpoint=moved), tmp_path / "alone" / "merged")
+    assert file_bytes(tmp_path / "alone" / "merged") == file_bytes(tmp_path / "merged")
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == ["merged", "step-00000003"]
+
+
+def test_a_checkpoint_of_format_1_is_merged_as_before(run: TrainedRun, tmp_path: Path) -> None:
+    """Its manifest knows neither ranks nor codes, and its records hold their tensors in another order."""
+    old = run.copy(tmp_path)
+    values = json.loads((old.checkpoint / "manifest.json").read_text())
+    del values["projection_rank"], values["coded_fingerprints"]
+    for name in values["files"]:
+        save_file(load_file(old.checkpoint / name), old.checkpoint / name)
+    files = {name: fingerprint_file(old.checkpoint / name) for name in values["files"]}
+    assert files != values["files"]
+    values |= {"format_version": 1, "files": files}
+    (old.checkpoint / "manifest.json").write_text(json.dumps(values))
+    merge_run(old, tmp_path / "merged")
+    assert_same_tensors(merged_tensors(tmp_path / "merged"), run.weights)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from pcscale.base.int8 import CACHE_NAME
 from pcscale.cli.main import app
 from pcscale.common.errors import RequestError
 from pcscale.config.load import dump_run_config
@@ -19,7 +20,7 @@ from pcscale.merging.verify import LOGIT_TOLERANCE, Check
 from pcscale.projection import algebra
 from pcscale.projection.algebra import Gradients
 from pcscale.training.jobs import verify
-from tests.merging.trained import Train, TrainedRun, merge_run
+from tests.merging.trained import COMPACT, Train, TrainedRun, merge_run, train_and_save
 
 LOGITS = "merged logits, largest difference from live ones (of the largest)"
 STEP = "streamed step, largest difference from the in-memory one (of the change)"
@@ -31,10 +32,15 @@ SAME_STEP = 1e-3
 def run_folder(trained: Train, tmp_path: Path) -> Callable[..., Path]:
     """`run_folder(method, dtype)`: a run as the pipeline leaves it, as far as `verify` reads it."""
 
-    def build(method: str = "projected", dtype: torch.dtype = torch.float32, merged: bool = True) -> Path:
-        run = trained("qwen2", True, method, dtype)
-        folder = tmp_path / "run"
-        shutil.copytree(run.checkpoint, folder / "checkpoints" / run.checkpoint.name)
+    def build(
+        method: str = "projected", dtype: torch.dtype = torch.float32, merged: bool = True, **changes: Any
+    ) -> Path:
+        run, folder = trained("qwen2", True, method, dtype), tmp_path / "run"
+        checkpoint = folder / "checkpoints" / run.checkpoint.name
+        if changes:
+            run = train_and_save(run.base_folder, checkpoint, **changes)
+        else:
+            shutil.copytree(run.checkpoint, checkpoint)
         data = DataConfig(train=["text.txt"])
         config = RunConfig(base=str(run.base_folder), output=str(folder), data=data, method=method)
         (folder / "run.yaml").write_text(dump_run_config(config))
@@ -67,6 +73,22 @@ def test_a_whole_run_passes(method: str, dtype: torch.dtype, run_folder: Callabl
     assert _found(result, STEP) <= SAME_STEP
     # In float32 nothing is rounded when the model is merged; in bfloat16 every weight is.
     assert (_found(result, LOGITS) <= LOGIT_TOLERANCE["float32"]) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("changes", COMPACT.values(), ids=COMPACT)
+def test_a_whole_run_in_few_bits_passes(changes: dict[str, Any], run_folder: Callable[..., Path]) -> None:
+    result = verify(run_folder(**changes))
+    assert result["passed"]
+    assert _found(result, STEP) <= SAME_STEP
+    assert _found(result, LOGITS) <= LOGIT_TOLERANCE["float32"]
+
+
+def test_a_run_whose_8_bit_codes_are_gone_is_verified_all_the_same(run_folder: Callable[..., Path]) -> None:
+    folder = run_folder(**COMPACT["8-bit base"])
+    (folder / CACHE_NAME).unlink()
+    before = sorted(folder.rglob("*"))
+    assert verify(folder)["passed"]
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_the_newest_checkpoint_is_verified(run_folder: Callable[..., Path]) -> None:
@@ -105,8 +127,7 @@ def test_an_error_in_the_pulled_back_gradient_fails_the_step(
 
     def without_the_out_side(W_OI: torch.Tensor, projection: Any, G_oi: torch.Tensor) -> Gradients:
         whole = pull_back(W_OI, projection, G_oi)
-        delta_out = None if whole.delta_out is None else torch.zeros_like(whole.delta_out)
-        return Gradients(delta_out, whole.delta_in, whole.aux)
+        return Gradients(tuple(map(torch.zeros_like, whole.out)), whole.in_, whole.aux)
 
     folder = run_folder()
     monkeypatch.setattr(algebra, "pull_back", without_the_out_side)
@@ -121,7 +142,7 @@ def test_a_step_that_is_not_a_number_fails(run_folder: Callable[..., Path], monk
 
     def broken(W_OI: torch.Tensor, projection: Any, G_oi: torch.Tensor) -> Gradients:
         whole = pull_back(W_OI, projection, G_oi)
-        return Gradients(whole.delta_out, whole.delta_in, whole.aux * torch.nan)
+        return Gradients(whole.out, tuple(part * torch.nan for part in whole.in_), whole.aux)
 
     folder = run_folder()
     monkeypatch.setattr(algebra, "pull_back", broken)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from pcscale.base.int8 import CACHE_NAME, Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
 from pcscale.compressed.model import build_compressed
@@ -22,6 +23,7 @@ from pcscale.families.widths import plan_widths
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.merging.merge import MergeResult, merge
+from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
 from pcscale.projection.starts import selection_start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.state import save_state
@@ -34,6 +36,15 @@ _RATE = 2e-2  # Three such steps move every weight far beyond any rounding.
 REPOSITORY = Path(__file__).parents[2]
 
 Train = Callable[..., "TrainedRun"]
+
+COMPACT: dict[str, dict[str, Any]] = {
+    "bfloat16 records": {"form": RecordFormat("bfloat16")},
+    "8-bit moments": {"form": RecordFormat(moments="8bit")},
+    "low rank": {"form": RecordFormat(rank=5)},
+    "8-bit base": {"int8": True},
+    "all of them": {"form": RecordFormat("bfloat16", "8bit", 5), "int8": True, "weight_decay": 0.1},
+}
+"""What `train_and_save` takes for runs in few bits."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +85,27 @@ def train_and_save(
     method: str = "projected",
     trainer: dict[str, Any] | None = None,
     seed: int = 0,
+    form: RecordFormat = PUBLISHED_FORMAT,
+    int8: bool = False,
+    **settings: Any,
 ) -> TrainedRun:
-    """Train `STEPS` steps in float32 and write the checkpoint."""
+    """Train `STEPS` steps of a float32 model and write the checkpoint.
+
+    Args:
+        int8: train on 8-bit codes of the base, which lie where a run keeps them: two folders above the checkpoint.
+        settings: of the optimizer.
+    """
     base = open_base(base_folder)({})
     plan = plan_widths(base.family, base.config, HIDDEN, FFN)
     kept = select(plan, random_scores(plan, seed))
     model = build_compressed(plan, selection_start(plan, kept, base.tensor), torch.device("cpu"), torch.float32)
-    optimizer = ProjectedAdamW(model, plan, base, kept, lr=_RATE, project=method == "projected")
+    frozen = base
+    if int8:
+        cache = checkpoint.parents[1] / CACHE_NAME
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        frozen = Int8Base(base, cache)
+    settings = {"lr": _RATE, "project": method == "projected", "form": form, **settings}
+    optimizer = ProjectedAdamW(model, plan, frozen, kept, **settings)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         ids_BT = torch.randint(plan.config["vocab_size"], (2, 12), generator=generator)

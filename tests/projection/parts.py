@@ -92,7 +92,8 @@ class Compression:
             "eps": rates.eps,
             "weight_decay": rates.weight_decay,
         }
-        return ProjectedAdamW(model, self.plan, self.base, self.kept, project=project, **{**settings, **changes})
+        base = changes.pop("base", self.base)
+        return ProjectedAdamW(model, self.plan, base, self.kept, project=project, **{**settings, **changes})
 
 
 def case_folder(family: str, tied: bool, biased: bool, tiny_base: TinyBase, tmp_path: Path) -> Path:

@@ -173,6 +173,8 @@ def test_a_state_without_a_tensor_is_refused(compression: Compression, tmp_path:
     del outer[f"direct.{NORM}.exp_avg"]
     save_file(outer, tmp_path / OUTER_NAME)
     files[OUTER_NAME] = fingerprint_file(tmp_path / OUTER_NAME)
-    message = f"{tmp_path / OUTER_NAME}: direct.{NORM}.exp_avg is nothing, this run expects F32 [24]. Use its own run.yaml."
+    message = (
+        f"{tmp_path / OUTER_NAME}: direct.{NORM}.exp_avg is nothing, this run expects F32 [24]. Use its own run.yaml."
+    )
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         read_state(optimizer, tmp_path, manifest_of(compression, files))

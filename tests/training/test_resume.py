@@ -163,14 +163,14 @@ def compact(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("target", "call", "steps_saved"),
+    ("target", "call", "steps_saved", "after"),
     [
-        pytest.param("pcscale.projection.residency:DiskHome.save", 9, [], id="in the first checkpoint"),
-        pytest.param("pcscale.projection.residency:DiskHome.put", 80, [4], id="in the middle of a sweep"),
-        pytest.param("pcscale.projection.residency:DiskHome.save", 20, [4], id="in the second checkpoint"),
+        pytest.param("pcscale.projection.residency:DiskHome.save", 9, [], "disk", id="in the first checkpoint"),
+        pytest.param("pcscale.projection.residency:DiskHome.put", 80, [4], "disk", id="in the middle of a sweep"),
+        pytest.param("pcscale.projection.residency:DiskHome.save", 20, [4], "cpu", id="in the second checkpoint"),
+        pytest.param("pcscale.training.loop:training_step", 7, [4], "device", id="between two steps"),
     ],
 )
-@pytest.mark.parametrize("after", ["disk", "cpu", "device"])
 def test_a_killed_run_with_records_on_disk_goes_on_bit_for_bit_wherever_they_live_then(
     target: str, call: int, steps_saved: list[int], after: str, world: World, run: Path, compact: Path
 ) -> None:

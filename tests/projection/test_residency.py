@@ -1,0 +1,477 @@
+"""The homes of records: each gives back the bytes that were put, and no checkpoint is ever changed in place."""
+
+import errno
+import os
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pcscale.common.errors import BudgetError, RequestError, RunError
+from pcscale.projection.layout import TensorSpec, overlap_bytes
+from pcscale.projection.record import views_of
+from pcscale.projection.residency import Home, Traffic
+from pcscale.storage.hashing import fingerprint_file
+from pcscale.storage.index import read_header
+from tests.projection.homes import (
+    HOMES,
+    LARGEST,
+    LAYOUTS,
+    MOVING,
+    SIZES,
+    FullDisk,
+    a_home,
+    file_bytes,
+    filled,
+    full_disk,
+    held,
+    no_endless_wait,
+    put,
+    some_bytes,
+)
+
+__all__ = ["full_disk", "no_endless_wait"]
+
+NAMES = list(LAYOUTS)
+ALL = sum(SIZES.values())
+DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of the records."""
+    return tmp_path / "run" / "residency"
+
+
+def record_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def assert_holds(home: Home, records: dict[str, torch.Tensor]) -> None:
+    for name, record in records.items():
+        assert torch.equal(held(home, name), record), name
+
+
+def as_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        name: (tensor.dtype, tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_home_gives_back_exactly_the_bytes_that_were_put(home: str, folder: Path) -> None:
+    records = a_home(home, folder)
+    assert_holds(records, {name: torch.zeros(SIZES[name], dtype=torch.uint8) for name in NAMES})
+    assert_holds(records, filled(records))
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_any_byte_pattern_comes_back(home: str, folder: Path) -> None:
+    """Also of what is no number."""
+    records = a_home(home, folder)
+    for name in NAMES:
+        pattern = torch.arange(SIZES[name]).to(torch.uint8)
+        put(records, name, pattern)
+        put(records, name, 255 - pattern)
+        assert torch.equal(held(records, name), 255 - pattern)
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_a_buffer_that_is_put_unchanged_leaves_the_record(home: str, folder: Path) -> None:
+    records = a_home(home, folder)
+    before = filled(records)
+    for name in NAMES:
+        records.put(name, records.fetch(name).fill_(99), changed=False)
+    assert_holds(records, before)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_create_sets_what_it_is_given_and_leaves_zeros_elsewhere(home: str, folder: Path) -> None:
+    records = a_home(home, folder)
+    before = filled(records)
+    aux = torch.randn(24, 30, generator=torch.Generator().manual_seed(3))
+    records.create("large.weight", {"aux": aux})
+    tensors = views_of(held(records, "large.weight"), LAYOUTS["large.weight"])
+    assert torch.equal(tensors.pop("aux"), aux.bfloat16())
+    assert all(not tensor.any() for tensor in tensors.values())
+    del before["large.weight"]
+    assert_holds(records, before)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_create_takes_tensors_that_are_not_contiguous(home: str, folder: Path) -> None:
+    records = a_home(home, folder)
+    values = torch.arange(15.0).view(5, 3).T
+    records.create("small.weight", {"aux": values})
+    assert torch.equal(views_of(held(records, "small.weight"), LAYOUTS["small.weight"])["aux"], values)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_saved_record_is_read_by_the_safetensors_library(home: str, folder: Path, tmp_path: Path) -> None:
+    records = a_home(home, folder)
+    for name, record in filled(records).items():
+        path = tmp_path / "checkpoint" / "records" / f"{name}.safetensors"
+        assert records.save(name, path) == fingerprint_file(path)
+        assert as_bytes(load_file(path)) == as_bytes(views_of(record, LAYOUTS[name]))
+    assert {path.name for path in (tmp_path / "checkpoint" / "records").iterdir()} == {
+        f"{name}.safetensors" for name in NAMES
+    }
+
+
+def test_every_home_writes_the_same_file(folder: Path, tmp_path: Path) -> None:
+    for home in HOMES:
+        records = a_home(home, folder)
+        filled(records)
+        records.save("large.weight", tmp_path / home)
+    assert len({(tmp_path / home).read_bytes() for home in HOMES}) == 1
+
+
+@pytest.mark.parametrize("loading", HOMES)
+@pytest.mark.parametrize("saving", HOMES)
+def test_what_one_home_saved_another_loads(saving: str, loading: str, tmp_path: Path) -> None:
+    one, other = a_home(saving, tmp_path / "one"), a_home(loading, tmp_path / "other")
+    before = filled(one)
+    for name in NAMES:
+        one.save(name, tmp_path / name)
+        put(other, name, some_bytes(name, seed=8))
+        other.load(name, tmp_path / name)
+    assert_holds(other, before)
+    assert_holds(one, before)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_file_with_its_tensors_in_another_order_is_loaded(home: str, folder: Path, tmp_path: Path) -> None:
+    records = a_home(home, folder)
+    name, record = "large.weight", some_bytes("large.weight")
+    tensors = views_of(record, LAYOUTS[name])
+    # The library sorts by dtype and then by name; ours keeps the layout's order, and here has one more word to say.
+    save_file(dict(reversed(tensors.items())), tmp_path / "file", {"made by": "others"})
+    found = read_header(tmp_path / "file")[0]
+    ordered = sorted(found, key=lambda part: found[part].start)
+    save_in_reverse(tmp_path / "reversed", tensors)
+    assert ordered == list(tensors)
+    for file in ("file", "reversed"):
+        put(records, name, some_bytes(name, seed=8))
+        records.load(name, tmp_path / file)
+        assert torch.equal(held(records, name), record)
+
+
+def save_in_reverse(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A legal file of the format whose narrow tensors come first."""
+    from pcscale.storage.writer import write_tensors
+
+    write_tensors(path, dict(reversed(tensors.items())))
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_saving_over_a_file_replaces_it(home: str, folder: Path, tmp_path: Path) -> None:
+    records, path = a_home(home, folder), tmp_path / "file"
+    name = "small.weight"
+    for seed in (1, 1, 2):
+        put(records, name, some_bytes(name, seed))
+        records.save(name, path)
+        records.save(name, path)
+        assert as_bytes(load_file(path)) == as_bytes(views_of(some_bytes(name, seed), LAYOUTS[name]))
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_saving_over_a_file_leaves_other_checkpoints_alone(home: str, folder: Path, tmp_path: Path) -> None:
+    """After a load, on a disk, records and both checkpoints are one file until something changes."""
+    records, name = a_home(home, folder), "small.weight"
+    put(records, name, some_bytes(name))
+    records.save(name, tmp_path / "first")
+    before = (tmp_path / "first").read_bytes()
+    records.load(name, tmp_path / "first")
+    records.save(name, tmp_path / "second")
+    put(records, name, some_bytes(name, seed=7))
+    records.save(name, tmp_path / "second")
+    assert (tmp_path / "first").read_bytes() == before
+    assert as_bytes(load_file(tmp_path / "second")) == as_bytes(views_of(some_bytes(name, seed=7), LAYOUTS[name]))
+
+
+# What belongs to files alone.
+
+
+def test_a_checkpoint_holds_the_records_file_itself_and_later_writes_leave_it_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    home = a_home("disk", folder)
+    filled(home)
+    for name in NAMES:
+        saved = tmp_path / "checkpoint" / name
+        home.save(name, saved)
+        assert saved.samefile(record_path(folder, name)), "a link, not a copy"
+    before = file_bytes(tmp_path / "checkpoint")
+    for name in NAMES:
+        put(home, name, some_bytes(name, seed=7))
+        home.create(name, {})
+    assert file_bytes(tmp_path / "checkpoint") == before
+
+
+def test_a_loaded_checkpoint_is_not_changed_by_training_on(folder: Path, tmp_path: Path) -> None:
+    first = a_home("disk", folder)
+    records = filled(first)
+    for name in NAMES:
+        first.save(name, tmp_path / "checkpoint" / name)
+    before = file_bytes(tmp_path / "checkpoint")
+    second = a_home("disk", folder)
+    for name in NAMES:
+        second.load(name, tmp_path / "checkpoint" / name)
+        assert record_path(folder, name).samefile(tmp_path / "checkpoint" / name), "a link, not a copy"
+    assert_holds(second, records)
+    changed = {name: some_bytes(name, seed=7) for name in NAMES}
+    for name, record in changed.items():
+        put(second, name, record)
+    assert_holds(second, changed)
+    assert file_bytes(tmp_path / "checkpoint") == before
+
+
+def test_a_checkpoint_may_be_deleted_after_it_was_loaded(folder: Path, tmp_path: Path) -> None:
+    first = a_home("disk", folder)
+    records = filled(first)
+    for name in NAMES:
+        first.save(name, tmp_path / "checkpoint" / name)
+    second = a_home("disk", folder)
+    for name in NAMES:
+        second.load(name, tmp_path / "checkpoint" / name)
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert_holds(second, records)
+
+
+def test_where_links_fail_files_are_copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    home = a_home("disk", folder)
+    records = filled(home)
+    for name in NAMES:
+        saved = tmp_path / "checkpoint" / name
+        assert home.save(name, saved) == fingerprint_file(saved)
+        assert not saved.samefile(record_path(folder, name))
+        put(home, name, some_bytes(name, seed=7))
+        assert as_bytes(load_file(saved)) == as_bytes(views_of(records[name], LAYOUTS[name]))
+        home.load(name, saved)
+        assert not saved.samefile(record_path(folder, name))
+    assert_holds(home, records)
+    before = file_bytes(tmp_path / "checkpoint")
+    filled(home)
+    assert file_bytes(tmp_path / "checkpoint") == before
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_copied_is_said_plainly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(code: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    home = a_home("disk", folder)
+    filled(home)
+    home.save("small.weight", tmp_path / "saved")
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: refuse(errno.EXDEV))
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: refuse(errno.ENOSPC))
+    with pytest.raises(RunError, match=r"small\.weight\.safetensors: the disk is full"):
+        home.load("small.weight", tmp_path / "saved")
+
+
+def test_a_saved_file_is_synced_before_it_is_linked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files are named through /proc")
+    home = a_home("disk", folder)
+    filled(home)
+    synced: list[tuple[str, bool]] = []
+
+    def watch(handle: int) -> None:
+        synced.append((str(Path(f"/proc/self/fd/{handle}").readlink()), (tmp_path / "saved").exists()))
+
+    monkeypatch.setattr(os, "fsync", watch)
+    put(home, "small.weight", some_bytes("small.weight"))
+    assert synced == [], "a step's files need not last through a power cut"
+    home.save("small.weight", tmp_path / "saved")
+    assert synced == [(str(record_path(folder, "small.weight")), False)]
+
+
+@pytest.mark.parametrize("cut", [1, 100, LARGEST])
+def test_a_file_that_was_cut_short_is_said_with_the_way_on(cut: int, folder: Path) -> None:
+    home = a_home("disk", folder, LARGEST)
+    records = filled(home)
+    path = record_path(folder, "large.weight")
+    os.truncate(path, path.stat().st_size - cut)
+    message = (
+        f"{path} is {cut} bytes too short. Check the disk; the last checkpoint is whole: go on from it with --resume."
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        home.fetch("large.weight")
+    assert torch.equal(held(home, "middle.weight"), records["middle.weight"]), "no buffer was lost"
+
+
+def test_a_file_that_is_gone_is_said_with_the_way_on(folder: Path) -> None:
+    home = a_home("disk", folder, LARGEST)
+    records = filled(home)
+    record_path(folder, "large.weight").unlink()
+    with pytest.raises(
+        RunError, match=r"large\.weight\.safetensors cannot be read \(.+\)\. .+ go on from it with --resume"
+    ):
+        home.fetch("large.weight")
+    assert torch.equal(held(home, "middle.weight"), records["middle.weight"]), "no buffer was lost"
+
+
+def assert_full(home: Home, folder: Path, before: dict[str, bytes], disk: FullDisk) -> None:
+    """A put fails, leaves what was there and no more, and succeeds when there is room again."""
+    disk.full = True
+    message = (
+        f"{record_path(folder, 'large.weight')}: the disk is full. Nothing was replaced; free space and run again."
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        put(home, "large.weight", some_bytes("large.weight", seed=7))
+    assert file_bytes(folder) == before
+    disk.full = False
+    put(home, "large.weight", some_bytes("large.weight", seed=7))
+    assert torch.equal(held(home, "large.weight"), some_bytes("large.weight", seed=7))
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_write_leaves_the_old_file(folder: Path, full_disk: FullDisk) -> None:
+    home = a_home("disk", folder, LARGEST)
+    filled(home)
+    assert_full(home, folder, file_bytes(folder), full_disk)
+
+
+def test_a_disk_that_fills_up_when_a_record_is_made_leaves_nothing_half_written(
+    folder: Path, full_disk: FullDisk
+) -> None:
+    home = a_home("disk", folder, made=False)
+    full_disk.full = True
+    with pytest.raises(RunError, match=r"small\.weight\.safetensors: the disk is full"):
+        home.create("small.weight", {"aux": torch.ones(3, 5)})
+    assert file_bytes(folder) == {}
+
+
+def test_a_name_that_cannot_be_given_leaves_no_partial_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = a_home("disk", folder)
+    filled(home)
+    before = file_bytes(folder)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(RunError, match="the disk is full"):
+        put(home, "large.weight", some_bytes("large.weight", seed=7))
+    assert file_bytes(folder) == before
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, num_bytes))
+
+
+def test_too_little_disk_is_said_before_the_first_byte_with_what_is_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All records, and once more the largest, whose old file is there while the new one is written."""
+    with_free(monkeypatch, ALL + LARGEST - 100)
+    message = (
+        rf"^{re.escape(str(folder))}: the disk has .+ free, residency disk takes .+\. "
+        r"Free at least 100 bytes more, or choose another output\.$"
+    )
+    with pytest.raises(RunError, match=message):
+        a_home("disk", folder)
+    with_free(monkeypatch, ALL + LARGEST)
+    home = a_home("disk", folder)
+    assert_holds(home, filled(home))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_refused(code: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    message = f"{folder}: no permission to write here. Choose another folder or change it."
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        a_home("disk", folder)
+
+
+def test_what_a_killed_run_left_is_cleared_away(folder: Path) -> None:
+    filled(a_home("disk", folder))
+    (folder / ".partial-small.weight.safetensors").write_bytes(b"half")
+    a_home("disk", folder, made=False)
+    assert file_bytes(folder) == {}
+
+
+# Budgets.
+
+NEEDS = {"cpu": (ALL, "all records take"), "disk": (LARGEST, "the largest record takes")}
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_too_little_pinned_memory_is_refused_with_the_least_that_would_do(home: str, folder: Path) -> None:
+    least, what = NEEDS[home]
+    message = rf"^pinned_memory .+ is too small for residency {home}: {what} .+\. Give at least {least} bytes\.$"
+    with pytest.raises(BudgetError, match=message):
+        a_home(home, folder, least - 1)
+    assert not folder.exists(), "nothing was written"
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_the_least_pinned_memory_works(home: str, folder: Path) -> None:
+    records = a_home(home, folder, NEEDS[home][0])
+    assert_holds(records, filled(records))
+
+
+def test_residency_device_needs_no_pinned_memory(folder: Path) -> None:
+    records = a_home("device", folder, 1)
+    assert_holds(records, filled(records))
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_without_a_budget_one_record_comes_while_one_is_worked_on_and_one_goes(home: str, folder: Path) -> None:
+    records = a_home(home, folder)
+    filled(records)
+    buffers = {name: records.fetch(name) for name in NAMES}
+    for name, buffer in buffers.items():
+        records.put(name, buffer, changed=True)
+
+
+def test_buffers_for_an_overlap_are_those_of_the_three_neighbours_that_take_most() -> None:
+    """In units that buffers are aligned to."""
+    expected = {(): 0, (5,): 5, (5, 3): 8, (9, 1, 1, 4, 5, 6, 1, 9): 16}
+    assert {sizes: overlap_bytes([512 * size for size in sizes]) // 512 for sizes in expected} == expected
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_records_of_an_odd_number_of_bytes_lie_beside_each_other(home: str, folder: Path) -> None:
+    """As bfloat16 records have where both compressed widths are odd."""
+    layout = {
+        "delta_in": TensorSpec("F32", (2, 2)),
+        "aux": TensorSpec("BF16", (3, 5)),
+        "codes": TensorSpec("U8", (3, 5)),
+    }
+    layouts = dict.fromkeys(("one", "two", "three"), layout)
+    records = a_home(home, folder, layouts=layouts, made=False)
+    values = torch.arange(4.0).view(2, 2)
+    for name in layouts:
+        records.create(name, {"delta_in": values})
+    for name in layouts:
+        assert torch.equal(views_of(held(records, name), layout)["delta_in"], values)
+
+
+# Traffic.
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_bytes_are_counted_where_they_move(home: str, folder: Path) -> None:
+    traffic = Traffic()
+    records = a_home(home, folder, traffic=traffic)
+    for name in NAMES:
+        records.create(name, {})
+        put(records, name, some_bytes(name))
+        held(records, name)
+    assert (traffic.records_read, traffic.records_written) == ((0, 0) if home == "device" else (2 * ALL, ALL))
+    assert traffic.total == (0 if home == "device" else 3 * ALL)

@@ -1,0 +1,427 @@
+"""Visits to records: what they change is kept, the next one is on its way meanwhile, and no failure makes them hang."""
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pcscale.common.errors import RunError
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat, record_bytes
+from pcscale.projection.record import views_of
+from pcscale.projection.residency import Home, Residency
+from pcscale.projection.store import RecordStore
+from pcscale.projection.sweep import ProjectedAdamW
+from tests.projection.homes import (
+    HOMES,
+    MOVING,
+    WAIT_SECONDS,
+    FullDisk,
+    file_bytes,
+    full_disk,
+    no_endless_wait,
+)
+from tests.projection.parts import CPU, Compression, TinyBase, copies, token_batches
+from tests.tiny import build_base
+
+__all__ = ["full_disk", "no_endless_wait"]
+
+SMALL = RecordFormat("bfloat16", "8bit")
+FORMATS = {"published": PUBLISHED_FORMAT, "small": SMALL}
+
+
+@pytest.fixture
+def compression(tiny_base: TinyBase) -> Compression:
+    return Compression.of(tiny_base("llama", False))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Compression:
+    """Wide enough that moments are kept in 8 bits."""
+    folder = build_base(tmp_path_factory.mktemp("wide"), "llama", hidden_size=96, intermediate_size=160, head_dim=24)
+    return Compression.of(folder, hidden_size=72, intermediate_size=120)
+
+
+def largest_record(compression: Compression, form: RecordFormat = PUBLISHED_FORMAT) -> int:
+    return max(record_bytes(planned, form) for planned in compression.plan.matrices)
+
+
+def all_records(compression: Compression, form: RecordFormat = PUBLISHED_FORMAT) -> int:
+    return sum(record_bytes(planned, form) for planned in compression.plan.matrices)
+
+
+@pytest.fixture
+def a_store(compression: Compression, tmp_path: Path) -> Callable[..., RecordStore]:
+    """`a_store(home, pinned_bytes)`: every record is filled with its position."""
+
+    def make(home: Any, pinned_bytes: int | None = None) -> RecordStore:
+        matrices = list(compression.plan.matrices)
+        residency = Residency(home, tmp_path / "residency", pinned_bytes)
+        store = RecordStore(matrices, PUBLISHED_FORMAT, compression.kept, compression.base, residency, CPU)
+        for position, name in enumerate(store):
+            layout = store.layouts[name]
+            store.home.create(name, {part: torch.full(spec.shape, float(position)) for part, spec in layout.items()})
+        return store
+
+    return make
+
+
+def least(home: str, compression: Compression) -> int:
+    """The least pinned memory that a home works with."""
+    return all_records(compression) if home == "cpu" else largest_record(compression)
+
+
+def values(store: RecordStore, name: str) -> set[float]:
+    """Everything that a record holds."""
+    return {value for tensor in store[name].tensors().values() for value in tensor.unique().tolist()}
+
+
+def visit_all(store: RecordStore, change: bool = True, amount: float = 100.0) -> list[str]:
+    """Add `amount` to everything; returns whom was visited."""
+    visited = []
+    with store.visits(list(store), change) as visits:
+        for visit in visits:
+            for tensor in visit.record.tensors().values():
+                tensor += amount
+            visited.append(visit.planned.name)
+    return visited
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("home", HOMES)
+def test_what_a_visit_changes_is_the_records(
+    home: str, tight: bool, a_store: Callable[..., RecordStore], compression: Compression
+) -> None:
+    store = a_store(home, least(home, compression) if tight else None)
+    for _ in range(2):
+        assert visit_all(store) == list(store)
+    assert [values(store, name) for name in store] == [{200.0 + position} for position in range(len(store))]
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_visits_that_are_not_to_change_anything_do_not(home: str, a_store: Callable[..., RecordStore]) -> None:
+    store = a_store(home)
+    visit_all(store, change=False)
+    assert [values(store, name) for name in store] == [{float(position)} for position in range(len(store))]
+    assert store.traffic.records_written == 0
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_only_those_that_were_named_are_visited(home: str, a_store: Callable[..., RecordStore]) -> None:
+    store = a_store(home)
+    names = list(store)
+    with store.visits([names[3], names[1]], True) as visits:
+        assert [visit.planned.name for visit in visits] == [names[3], names[1]]
+    with store.visits([], True) as visits:
+        assert list(visits) == []
+
+
+def test_a_visit_comes_with_its_base_weight(a_store: Callable[..., RecordStore], compression: Compression) -> None:
+    store = a_store("cpu")
+    with store.visits(list(store), False) as visits:
+        for visit in visits:
+            assert torch.equal(visit.weight.rows(torch.float32), compression.weights[visit.planned.name])
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_record_that_is_read_by_name_is_a_copy(home: str, a_store: Callable[..., RecordStore]) -> None:
+    store = a_store(home)
+    name = list(store)[2]
+    for tensor in store[name].tensors().values():
+        tensor.fill_(-1)
+    assert values(store, name) == {2.0}
+    before = store[name]
+    visit_all(store)
+    assert {value for tensor in before.tensors().values() for value in tensor.unique().tolist()} == {2.0}
+
+
+def test_asking_which_records_there_are_moves_none(
+    a_store: Callable[..., RecordStore], compression: Compression
+) -> None:
+    store = a_store("disk")
+    names = [planned.name for planned in compression.plan.matrices]
+    assert (list(store), len(store), set(store.keys())) == (names, len(names), set(names))
+    assert names[0] in store
+    assert "model.norm.weight" not in store
+    assert store.traffic.total == 0
+
+
+# Traffic.
+
+
+def one_step(compression: Compression, optimizer: ProjectedAdamW, model: torch.nn.Module, seed: int = 5) -> None:
+    NextTokenLoss(model)(token_batches(1, seed=seed)[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("home", HOMES)
+def test_a_sweep_moves_every_record_in_and_out_once_and_every_base_weight_in_once(
+    home: Any, form: str, wide: Compression, tmp_path: Path
+) -> None:
+    model = wide.model()
+    optimizer = wide.optimizer(model, form=FORMATS[form], residency=Residency(home, tmp_path / "residency"))
+    traffic = optimizer.records.traffic
+    records = 0 if home == "device" else all_records(wide, FORMATS[form])
+    base = sum(wide.weights[planned.name].nbytes for planned in wide.plan.matrices)
+    for step in (1, 2):
+        one_step(wide, optimizer, model)
+        assert (traffic.base_read, traffic.records_read, traffic.records_written) == (
+            step * base,
+            step * records,
+            step * records,
+        )
+    optimizer.compose_all()
+    assert (traffic.base_read, traffic.records_read, traffic.records_written) == (3 * base, 3 * records, 2 * records)
+
+
+# The same steps, wherever records live.
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("home", MOVING)
+def test_steps_are_the_same_to_the_last_bit_wherever_records_live(
+    home: Any, form: str, tight: bool, wide: Compression, tmp_path: Path
+) -> None:
+    need = {"cpu": all_records, "disk": largest_record}[home](wide, FORMATS[form])
+    ends = []
+    for residency in (Residency(), Residency(home, tmp_path / "residency", need if tight else None)):
+        model = wide.model()
+        optimizer = wide.optimizer(model, form=FORMATS[form], residency=residency)
+        for seed in range(3):
+            one_step(wide, optimizer, model, seed)
+        state = {
+            f"{name}: {part}": tensor
+            for name in optimizer.records
+            for part, tensor in optimizer.records[name].tensors().items()
+        }
+        assert any(tensor.dtype == torch.uint8 for tensor in state.values()) == (form == "small")
+        ends.append(state | copies(model))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+# Prefetch.
+
+
+class RecordingHome:
+    """A home that remembers who was fetched and put, and lets a test wait for it."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self.events: list[tuple[str, str]] = []
+        self._changed = threading.Condition()
+
+    def _note(self, event: str, name: str) -> None:
+        with self._changed:
+            self.events.append((event, name))
+            self._changed.notify_all()
+
+    def happened(self, event: str, name: str, seconds: float = WAIT_SECONDS) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: (event, name) in self.events, seconds)
+
+    def fetch(self, name: str) -> torch.Tensor:
+        self._note("asked for", name)
+        buffer = self._home.fetch(name)
+        self._note("fetched", name)
+        return buffer
+
+    def put(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
+        self._note("given back", name)
+        self._home.put(name, buffer, changed)
+        self._note("put", name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._home, name)
+
+
+def recording(store: RecordStore) -> RecordingHome:
+    home = RecordingHome(store.home)
+    store.home = home
+    return home
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_the_next_record_is_fetched_before_the_one_at_work_is_given_back(
+    home: str, a_store: Callable[..., RecordStore]
+) -> None:
+    store = a_store(home)
+    seen, names = recording(store), list(store)[:4]
+    with store.visits(names, True) as visits:
+        for position, visit in enumerate(visits):
+            for following in names[position + 1 : position + 2]:
+                assert seen.happened("fetched", following)
+            # One ahead is enough: each takes memory.
+            assert not {("asked for", later) for later in names[position + 2 :]} & set(seen.events)
+            assert ("given back", visit.planned.name) not in seen.events
+    assert [name for event, name in seen.events if event == "put"] == names
+
+
+def test_with_the_least_memory_the_next_record_waits_for_the_one_before(
+    a_store: Callable[..., RecordStore], compression: Compression
+) -> None:
+    store = a_store("disk", least("disk", compression))
+    sizes = {name: sum(spec.num_bytes for spec in layout.values()) for name, layout in store.layouts.items()}
+    seen = recording(store)
+    first, second = sorted(store, key=lambda name: -sizes[name])[:2]
+    with store.visits([first, second], True) as visits:
+        next(visits)
+        assert seen.happened("asked for", second)
+        # That it goes on waiting can only be seen for a while.
+        assert not seen.happened("fetched", second, 0.05)
+        assert [visit.planned.name for visit in visits] == [second]
+    assert seen.events.index(("put", first)) < seen.events.index(("fetched", second))
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_a_record_is_written_back_while_the_next_one_is_worked_on(
+    home: str, a_store: Callable[..., RecordStore]
+) -> None:
+    store = a_store(home)
+    seen, names = recording(store), list(store)[:3]
+    with store.visits(names, True) as visits:
+        for position, _ in enumerate(visits):
+            for before in names[max(position - 1, 0) : position]:
+                assert seen.happened("put", before)
+
+
+def test_everything_is_written_when_the_block_ends(
+    a_store: Callable[..., RecordStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = a_store("disk")
+    slow = threading.Event()
+    write = type(store.home).put
+
+    def late(*arguments: Any, **named: Any) -> None:
+        slow.wait(0.02)
+        write(*arguments, **named)
+
+    monkeypatch.setattr(type(store.home), "put", late)
+    visit_all(store)
+    monkeypatch.undo()
+    assert [values(store, name) for name in store] == [{100.0 + position} for position in range(len(store))]
+
+
+# Failures.
+
+
+class Broken(Exception):
+    """What a visit may raise."""
+
+
+def failing_visit(store: RecordStore, position: int) -> None:
+    """Change every record up to this one, whose visit fails after it was changed."""
+    with store.visits(list(store), True) as visits:
+        for number, visit in enumerate(visits):
+            for tensor in visit.record.tensors().values():
+                tensor += 100
+            if number == position:
+                raise Broken(visit.planned.name)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize("position", [0, 4])
+@pytest.mark.parametrize("home", MOVING)
+def test_a_visit_that_fails_leaves_its_record_and_those_after_it(
+    home: str, position: int, tight: bool, a_store: Callable[..., RecordStore], compression: Compression
+) -> None:
+    store = a_store(home, least(home, compression) if tight else None)
+    name = list(store)[position]
+    with pytest.raises(Broken, match=re.escape(name)):
+        failing_visit(store, position)
+    found = [values(store, name) for name in store]
+    assert found == [{number + 100.0 * (number < position)} for number in range(len(store))]
+
+
+@pytest.mark.parametrize("home", MOVING)
+def test_visits_that_are_left_early_can_be_made_again(
+    home: str, a_store: Callable[..., RecordStore], compression: Compression
+) -> None:
+    store = a_store(home, least(home, compression))
+    for _ in range(20):
+        with store.visits(list(store), False) as visits:
+            next(visits)
+    assert visit_all(store) == list(store)
+
+
+def test_a_base_weight_that_cannot_be_read_ends_the_visits(
+    a_store: Callable[..., RecordStore], compression: Compression, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = a_store("disk", least("disk", compression))
+    names, read = list(store), compression.base.weight
+
+    def broken(name: str) -> Any:
+        if name == names[2]:
+            raise Broken(name)
+        return read(name)
+
+    monkeypatch.setattr(compression.base, "weight", broken)
+    with pytest.raises(Broken, match=re.escape(names[2])):
+        visit_all(store)
+    monkeypatch.undo()
+    assert [values(store, name) for name in names[:3]] == [{100.0}, {101.0}, {2.0}]
+
+
+def test_a_record_that_was_cut_short_ends_the_visits(
+    a_store: Callable[..., RecordStore], compression: Compression, tmp_path: Path
+) -> None:
+    store = a_store("disk", least("disk", compression))
+    names = list(store)
+    path = tmp_path / "residency" / f"{names[2]}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(RunError, match=r"is 4 bytes too short\. .+ go on from it with --resume"):
+        visit_all(store)
+    path.write_bytes(whole)
+    assert [values(store, name) for name in names[:3]] == [{100.0}, {101.0}, {2.0}]
+
+
+@pytest.mark.parametrize("position", [0, 3, -1], ids=["first", "middle", "last"])
+def test_a_disk_that_fills_up_in_the_middle_of_a_sweep_ends_it_and_the_next_sweep_goes_on(
+    position: int, compression: Compression, tmp_path: Path, full_disk: FullDisk
+) -> None:
+    """With the least memory: the reader waits for the very buffer that cannot be written."""
+    folder, model = tmp_path / "residency", compression.model()
+    optimizer = compression.optimizer(model, residency=Residency("disk", folder, largest_record(compression)))
+    one_step(compression, optimizer, model)
+    name = list(optimizer.records)[position]
+    before = file_bytes(folder)
+    full_disk.full, full_disk.record = True, name
+    message = f"{folder / name}.safetensors: the disk is full. Nothing was replaced; free space and run again."
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        one_step(compression, optimizer, model)
+    after = file_bytes(folder)
+    assert after.keys() == before.keys(), "no part of a file is left"
+    assert after[f"{name}.safetensors"] == before[f"{name}.safetensors"]
+    full_disk.full = False
+    optimizer.zero_grad()
+    one_step(compression, optimizer, model)
+    assert file_bytes(folder)[f"{name}.safetensors"] != before[f"{name}.safetensors"]
+
+
+def test_a_failed_write_is_said_even_where_it_was_the_last(
+    a_store: Callable[..., RecordStore], full_disk: FullDisk
+) -> None:
+    store = a_store("disk")
+    full_disk.full, full_disk.record = True, list(store)[-1]
+    with pytest.raises(RunError, match="the disk is full"):
+        visit_all(store)
+
+
+def test_a_layout_is_what_views_of_a_visit_lie_in(a_store: Callable[..., RecordStore]) -> None:
+    """A visit's tensors are its buffer's bytes, so nothing but the buffer needs to be written."""
+    store = a_store("disk")
+    with store.visits(list(store)[:2], False) as visits:
+        for visit in visits:
+            expected = views_of(visit.buffer, store.layouts[visit.planned.name])
+            found = visit.record.tensors()
+            assert found.keys() == expected.keys()
+            assert all(found[part].data_ptr() == expected[part].data_ptr() for part in found)
+            assert sum(tensor.nbytes for tensor in found.values()) == len(visit.buffer)
