@@ -1,6 +1,6 @@
-"""What state at 4 bytes a value costs in held-out loss: SmolLM2-135M cut to half, 100 steps of 512 tokens, the same tokens,
-order and seed. Float32 records and moments against bfloat16 records with 8-bit moments, with the 8-bit base as well; and
-beside them a D of low rank. `PCSCALE_CORPUS` names a folder with train*.txt and valid.txt; without it the text is
+"""What state at 4 bytes a value costs in held-out loss: SmolLM2-135M cut to half, 100 steps of 512 tokens, the same
+tokens, order and seed. Float32 records and moments against bfloat16 records with 8-bit moments, with the 8-bit base as
+well; and beside them a D of low rank. `PCSCALE_CORPUS` names a folder with train*.txt and valid.txt; without it it is
 the help topics that every Python carries. A finished arm is kept in the scratch folder and not run again."""
 
 import json

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pcscale.base.held import HeldBase
+    from pcscale.base.int8 import Int8Base
     from pcscale.base.mapped import MappedBase
     from pcscale.base.resolve import resolve_base
     from pcscale.calibration.collect import collect_scores
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from pcscale.families.widths import plan_keep, plan_parameters, plan_widths
     from pcscale.importance.select import select
     from pcscale.merging.merge import merge
+    from pcscale.projection.layout import RecordFormat
+    from pcscale.projection.residency import Residency
     from pcscale.projection.starts import selection_start
     from pcscale.projection.sweep import ProjectedAdamW
     from pcscale.training.state import load_state, save_state
@@ -23,6 +27,8 @@ __version__ = "0.1.0"
 
 # Imported when first used: `pcscale plan` needs neither torch nor transformers.
 _HOMES = {
+    "HeldBase": "pcscale.base.held",
+    "Int8Base": "pcscale.base.int8",
     "MappedBase": "pcscale.base.mapped",
     "resolve_base": "pcscale.base.resolve",
     "collect_scores": "pcscale.calibration.collect",
@@ -33,15 +39,21 @@ _HOMES = {
     "select": "pcscale.importance.select",
     "load_state": "pcscale.training.state",
     "merge": "pcscale.merging.merge",
+    "RecordFormat": "pcscale.projection.layout",
+    "Residency": "pcscale.projection.residency",
     "selection_start": "pcscale.projection.starts",
     "ProjectedAdamW": "pcscale.projection.sweep",
     "save_state": "pcscale.training.state",
     "ProjectionCallback": "pcscale.training.trainer",
 }
 __all__ = [
+    "HeldBase",
+    "Int8Base",
     "MappedBase",
     "ProjectedAdamW",
     "ProjectionCallback",
+    "RecordFormat",
+    "Residency",
     "__version__",
     "build_compressed",
     "collect_scores",

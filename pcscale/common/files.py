@@ -40,17 +40,27 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that is never changed in place a second name; where the file system has no links, a synced copy."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
-        sync_to_disk(target)
-
-
 def temporary_beside(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never changed in place a second name, in place of a file that has it.
+
+    Where the file system has no links, the second name gets a synced copy.
+    """
+    temporary = temporary_beside(target)
+    with said_plainly(target):
+        try:
+            temporary.unlink(missing_ok=True)
+            try:
+                temporary.hardlink_to(source)
+            except OSError:
+                shutil.copyfile(source, temporary)
+                sync_to_disk(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)  # Renaming one name of a file to another of its names does nothing.
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -58,3 +58,8 @@ def format_seconds(seconds: float) -> str:
 def short_name(model: str) -> str:
     """A Hub id as it is; of a folder's path the last part, since the rest means nothing elsewhere."""
     return Path(model).name if model.startswith(("/", ".", "~")) else model
+
+
+def aligned(num_bytes: int) -> int:
+    """The next multiple of 512: where one buffer may follow another."""
+    return -(-num_bytes // 512) * 512

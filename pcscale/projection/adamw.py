@@ -9,7 +9,7 @@ from pcscale.projection.record import Moment, Trained
 from pcscale.projection.rounding import NoiseKey, round_stochastically
 from pcscale.storage.blockwise import Blockwise
 
-CHUNK_VALUES = {"cpu": 2**18, "cuda": 2**24}
+CPU_CHUNK_VALUES, GPU_CHUNK_VALUES = 2**18, 2**24
 """Values that are updated at a time where they are kept in fewer bits: what fits a processor's cache, or enough to keep
 a GPU busy. The result does not depend on it."""
 
@@ -53,7 +53,7 @@ def update(
         _fused(trained.value, gradient, _float(trained.exp_avg), _float(trained.exp_avg_sq), settings)
         return
     flat, flat_gradient = trained.value.view(-1), gradient.reshape(-1)
-    chunk = CHUNK_VALUES[flat.device.type]
+    chunk = CPU_CHUNK_VALUES if flat.device.type == "cpu" else GPU_CHUNK_VALUES
     for first in range(0, len(flat), chunk):
         last = min(first + chunk, len(flat))
         value, exp_avg, exp_avg_sq = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pcscale.common.errors import RequestError
+from pcscale.common.units import aligned
 from pcscale.families.plan import PlannedWeight
 from pcscale.storage.index import ITEM_BYTES
 
@@ -128,4 +129,4 @@ def check_rank(matrices: Iterable[PlannedWeight], rank: int | None) -> None:
 
 def overlap_bytes(sizes: list[int]) -> int:
     """What buffers must hold so that motion overlaps with work: one record comes, one is worked on, one goes."""
-    return max((sum(sizes[first : first + 3]) for first in range(len(sizes))), default=0)
+    return max((sum(map(aligned, sizes[first : first + 3])) for first in range(len(sizes))), default=0)

@@ -20,7 +20,7 @@ import torch
 
 from pcscale.common.errors import BudgetError, RunError
 from pcscale.common.files import link_or_copy, said_plainly, sync_to_disk, temporary_beside
-from pcscale.common.units import format_bytes
+from pcscale.common.units import aligned, format_bytes
 from pcscale.projection.layout import TensorSpec, overlap_bytes
 from pcscale.projection.record import views_of
 from pcscale.storage.hashing import fingerprint_file
@@ -116,12 +116,29 @@ def check_budget(residency: Residency, sizes: list[int]) -> None:
     """
     if residency.home == "device" or residency.pinned_bytes is None:
         return
-    least = sum(sizes) if residency.home == "cpu" else max(sizes)
+    least = sum(sizes) if residency.home == "cpu" else max(sizes, default=0)
     if residency.pinned_bytes < least:
         what = "all records take" if residency.home == "cpu" else "the largest record takes"
         raise BudgetError(
             f"pinned_memory {format_bytes(residency.pinned_bytes)} is too small for residency {residency.home}: "
             f"{what} {format_bytes(least)}. Give at least {least} bytes."
+        )
+
+
+def check_disk(folder: Path, sizes: list[int]) -> None:
+    """Refuse a folder, there already or not, whose disk has no room for records of these sizes.
+
+    Raises:
+        RunError: with what is missing.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    # While a record is replaced, its old file is there as well.
+    needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"{folder}: the disk has {format_bytes(free)} free, residency disk takes {format_bytes(needed)}. "
+            f"Free at least {needed - free} bytes more, or choose another output."
         )
 
 
@@ -155,10 +172,10 @@ class HostHome:
 
     def __init__(self, layouts: Layouts, device: torch.device, device_bytes: int, traffic: Traffic) -> None:
         self._layouts = layouts
-        sizes = [_size(layout) for layout in layouts.values()]
-        self._memory = HostBytes(sum(sizes))
+        self._memory = HostBytes(sum(aligned(_size(layout)) for layout in layouts.values()))
         self._memory.bytes.zero_()
-        self._buffers = dict(zip(layouts, self._memory.bytes.split(sizes), strict=True))
+        places = Arena(self._memory.bytes)
+        self._buffers = {name: places.take(_size(layout)) for name, layout in layouts.items()}
         self._working = Arena(torch.empty(device_bytes, dtype=torch.uint8, device=device))
         self._traffic = traffic
 
@@ -208,17 +225,9 @@ class DiskHome:
         self._headers = {name: header_bytes(_torch_shapes(layout)) for name, layout in layouts.items()}
         self._folder = folder
         self._traffic = traffic
-        sizes = [_size(layout) for layout in layouts.values()]
         with said_plainly(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            # While a record is replaced, its old file is there as well.
-            needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free
-        if free < needed:
-            raise RunError(
-                f"{folder}: the disk has {format_bytes(free)} free, residency disk takes {format_bytes(needed)}. "
-                f"Free at least {needed - free} bytes more, or choose another output."
-            )
+            folder.mkdir(parents=True, exist_ok=True)
+        check_disk(folder, [_size(layout) for layout in layouts.values()])
         self._staging = self._memory = None
         if device.type != "cpu":
             # Between a file and the device.
@@ -278,7 +287,6 @@ class DiskHome:
         with path.open("rb") as file:
             alike = file.read(len(header)) == header
         if alike:
-            self._path(name).unlink(missing_ok=True)
             link_or_copy(path, self._path(name))
         else:
             reader = TensorReader(read_header(path)[0])

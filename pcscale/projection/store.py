@@ -108,21 +108,27 @@ class RecordStore(Mapping[str, MatrixRecord]):
     ) -> Generator[Visit]:
         coming = [reader.submit(self._fetch, name) for name in names[:1]]
         going: list[Future[None]] = []
-        for position, name in enumerate(names):
-            visit = coming.pop().result()
-            coming = [reader.submit(self._fetch, following) for following in names[position + 1 : position + 2]]
-            changed = False
-            visit.weight.keep_for(self._device)
-            try:
-                yield visit
-                changed = change
-            finally:
-                # Also when the caller failed: the reader may be waiting for this buffer.
-                going.append(writer.submit(self._put, name, visit, self._now(), changed))
-            if len(going) > 1:
-                going.pop(0).result()
-        for put in going:
-            put.result()
+        try:
+            for position in range(len(names)):
+                visit = coming.pop().result()
+                coming = [reader.submit(self._fetch, following) for following in names[position + 1 : position + 2]]
+                changed = False
+                visit.weight.keep_for(self._device)
+                try:
+                    yield visit
+                    changed = change
+                finally:
+                    # Also when the caller failed: the reader may be waiting for this buffer.
+                    going.append(writer.submit(self._put, visit, self._now(), changed))
+                if len(going) > 1:
+                    going.pop(0).result()
+            for put in going:
+                put.result()
+        finally:
+            for fetched in coming:
+                # What was fetched for a visit that is not made.
+                if fetched.exception() is None:
+                    writer.submit(self._put, fetched.result(), None, False)
 
     def _fetch(self, name: str) -> Visit:
         self._base.prefetch([name])
@@ -137,10 +143,10 @@ class RecordStore(Mapping[str, MatrixRecord]):
         record = MatrixRecord.of(self._kept[name], views_of(buffer, self.layouts[name]))
         return Visit(self._planned[name], weight, record, buffer)
 
-    def _put(self, name: str, visit: Visit, computed: torch.cuda.Event | None, changed: bool) -> None:
+    def _put(self, visit: Visit, computed: torch.cuda.Event | None, changed: bool) -> None:
         if computed is not None:
             computed.synchronize()
-        self.home.put(name, visit.buffer, changed)
+        self.home.put(visit.planned.name, visit.buffer, changed)
 
     def _now(self) -> torch.cuda.Event | None:
         """The end of what has been asked of the device so far; None: the host computes, and has finished."""

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from pcscale.common.errors import RunError
-from pcscale.common.units import format_bytes
-
-_ALIGNMENT = 512
+from pcscale.common.units import aligned, format_bytes
 
 
 class HostBytes:
@@ -80,5 +78,5 @@ class Arena:
         for address, end in sorted(self._taken.items()):
             if address - base - start >= num_bytes:
                 return start
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            start = aligned(end)
         return start if start + num_bytes <= len(self._block) else None

@@ -27,7 +27,7 @@ from pcscale.memory.tracker import PhaseUsage, machine, measured, release_freed
 from pcscale.merging.merge import merge
 from pcscale.projection.layout import check_rank, record_bytes
 from pcscale.projection.persist import read_kept
-from pcscale.projection.residency import check_budget
+from pcscale.projection.residency import check_budget, check_disk
 from pcscale.reporting.report import write_report
 from pcscale.storage.blockwise import require_bitsandbytes
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
@@ -109,6 +109,8 @@ def _check_records(setup: Setup, config: RunConfig, folder: RunFolder) -> None:
         check_rank(setup.plan.matrices, config.rank)
         sizes = [record_bytes(planned, record_format(config)) for planned in setup.plan.matrices]
         check_budget(residency_of(config, folder), sizes)
+        if config.residency == "disk":
+            check_disk(folder.residency.absolute(), sizes)
 
 
 def _say_plan(document: dict[str, Any]) -> None:

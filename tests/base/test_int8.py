@@ -35,7 +35,7 @@ FLOAT32_START_TOLERANCE = 2**-23
 """Of a matrix's largest entry. Q + (W - Q) rounds to 2^-24 of itself, and W - Q, which is far smaller, likewise."""
 BFLOAT16_START_TOLERANCE = 2**-14
 """Likewise. aux is at most some 2^-6 of the largest entry, and rounds to 2^-9 of itself."""
-WAIT_SECONDS = 120
+WAIT_SECONDS = 60
 
 pytestmark = pytest.mark.filterwarnings("ignore:create_dynamic_map")  # bitsandbytes calls its own deprecated function.
 
@@ -214,7 +214,7 @@ def auxes(optimizer: Any) -> Weights:
 
 @pytest.mark.parametrize(
     ("form", "tolerance"),
-    # What a step of bfloat16 is of the largest entry; of float32 the rounding of some thirty steps.
+    # What a step of bfloat16 is of the largest entry; of float32 the rounding of a dozen steps.
     [(RecordFormat(), 2**-18), (RecordFormat("bfloat16", "8bit"), 2**-7)],
     ids=["float32", "bfloat16"],
 )
@@ -227,7 +227,7 @@ def test_weight_decay_pulls_aux_towards_its_start(
     away = "model.layers.0.mlp.down_proj.weight"
     record = optimizer.records[away].tensors()
     optimizer.records.home.create(away, record | {"aux": record["aux"].float() + 1.0})
-    for _ in range(30):
+    for _ in range(12):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
@@ -237,7 +237,7 @@ def test_weight_decay_pulls_aux_towards_its_start(
             assert (aux - start[name]).abs().max() <= tolerance * start[name].abs().max(), name
     # A fifth of the way is made in each step.
     left = (auxes(optimizer)[away] - start[away]).mean().item()
-    assert left == pytest.approx(0.8**30, rel=0.05)
+    assert left == pytest.approx(0.8**12, rel=0.05)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

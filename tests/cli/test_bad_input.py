@@ -267,10 +267,14 @@ def test_a_tracker_whose_package_is_absent(
     assert not run.exists()
 
 
-def test_a_cap_that_the_merge_cannot_keep_is_refused_before_training(refuse: Callable[..., str], run: Path) -> None:
-    said = refuse("max_memory=1kB", exit_code=3)
+@pytest.mark.parametrize("settings", [[], ["projection_rank=5"]], ids=["full", "low rank"])
+def test_a_cap_that_the_merge_cannot_keep_is_refused_before_training(
+    settings: list[str], refuse: Callable[..., str], run: Path
+) -> None:
+    said = refuse("max_memory=1kB", *settings, exit_code=3)
     least = int(said.removeprefix("max_memory 1kB is too small for the merge: give at least ").split()[0])
     assert said.endswith(" bytes.")
     assert not run.exists()
-    assert "at least" in refuse(f"max_memory={least - 1}", exit_code=3)
-    assert invoke("compress", run.parent / "run.yaml", f"max_memory={least}", "max_steps=1").exit_code == 0
+    assert "at least" in refuse(f"max_memory={least - 1}", *settings, exit_code=3)
+    yaml = run.parent / "run.yaml"
+    assert invoke("compress", yaml, f"max_memory={least}", "max_steps=1", *settings).exit_code == 0

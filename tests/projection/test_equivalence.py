@@ -84,8 +84,8 @@ def test_records_are_the_leaves_of_the_reference(tiny_base: TinyBase) -> None:
     assert optimizer.records.keys() == reference.matrices.keys()
     for name, record in optimizer.records.items():
         matrix = reference.matrices[name]
-        leaves = {"delta_out": matrix.D_oO, "delta_in": matrix.D_Ii, "aux": matrix.aux_oi}
-        present = {part: leaf for part, leaf in leaves.items() if leaf is not None}
+        leaves = {"delta_out": matrix.out, "delta_in": matrix.in_, "aux": [matrix.aux_oi]}
+        present = {part: leaf for part, own in leaves.items() for leaf in own}
         assert record.parts.keys() == present.keys()
         for part, leaf in present.items():
             state = reference.optimizer.state[leaf]

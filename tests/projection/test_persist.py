@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.errors import RequestError
 from pcscale.compressed.loss import NextTokenLoss
+from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
 from pcscale.projection.persist import read_kept, read_state, write_state
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.storage.hashing import fingerprint_file
@@ -17,6 +18,13 @@ from tests.projection.parts import Compression, TinyBase, copies, random_kept, t
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+FORMS = {
+    "bfloat16": RecordFormat("bfloat16"),
+    "8bit": RecordFormat(moments="8bit"),
+    "low rank": RecordFormat(rank=3),
+    "all of them": RecordFormat("bfloat16", "8bit", 3),
+}
 
 
 @pytest.fixture
@@ -25,11 +33,14 @@ def compression(tiny_base: TinyBase) -> Compression:
 
 
 def trained(
-    compression: Compression, project: bool = True, dtype: torch.dtype = torch.float32
+    compression: Compression,
+    project: bool = True,
+    dtype: torch.dtype = torch.float32,
+    form: RecordFormat = PUBLISHED_FORMAT,
 ) -> tuple[torch.nn.Module, ProjectedAdamW]:
     """A model and its optimizer after two steps."""
     model = compression.model(dtype)
-    optimizer = compression.optimizer(model, project=project)
+    optimizer = compression.optimizer(model, project=project, form=form)
     for ids_BT in token_batches(2):
         NextTokenLoss(model)(ids_BT).backward()
         optimizer.step()
@@ -57,14 +68,18 @@ def write(compression: Compression, optimizer: ProjectedAdamW, folder: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("project", [True, False], ids=["projected", "hard_prune"])
+@pytest.mark.parametrize(
+    ("project", "form"),
+    [(True, PUBLISHED_FORMAT), (False, PUBLISHED_FORMAT), *((True, form) for form in FORMS.values())],
+    ids=["projected", "hard_prune", *FORMS],
+)
 def test_a_state_comes_back_to_the_last_bit(
-    compression: Compression, project: bool, dtype: torch.dtype, tmp_path: Path
+    compression: Compression, project: bool, form: RecordFormat, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, optimizer = trained(compression, project, dtype)
+    model, optimizer = trained(compression, project, dtype, form)
     manifest = write(compression, optimizer, tmp_path)
     fresh_model = compression.model(dtype)
-    fresh = compression.optimizer(fresh_model, project=project)
+    fresh = compression.optimizer(fresh_model, project=project, form=form)
     read_state(fresh, tmp_path, manifest)
     for name, record in optimizer.records.items():
         for part, tensor in record.tensors().items():
@@ -78,11 +93,14 @@ def test_a_state_comes_back_to_the_last_bit(
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh_model.named_parameters())
 
 
-def test_training_goes_on_from_files_as_it_would_have_gone_on(compression: Compression, tmp_path: Path) -> None:
-    model, optimizer = trained(compression)
+@pytest.mark.parametrize("form", [PUBLISHED_FORMAT, *FORMS.values()], ids=["published", *FORMS])
+def test_training_goes_on_from_files_as_it_would_have_gone_on(
+    form: RecordFormat, compression: Compression, tmp_path: Path
+) -> None:
+    model, optimizer = trained(compression, form=form)
     manifest = write(compression, optimizer, tmp_path)
     fresh_model = compression.model()
-    fresh = compression.optimizer(fresh_model)
+    fresh = compression.optimizer(fresh_model, form=form)
     read_state(fresh, tmp_path, manifest)
     fresh.load_state_dict(optimizer.state_dict())
     for one, own in ((model, optimizer), (fresh_model, fresh)):
@@ -92,8 +110,11 @@ def test_training_goes_on_from_files_as_it_would_have_gone_on(compression: Compr
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh_model.named_parameters())
 
 
-def test_every_matrix_has_its_file_in_the_safetensors_format(compression: Compression, tmp_path: Path) -> None:
-    _, optimizer = trained(compression)
+@pytest.mark.parametrize("form", [PUBLISHED_FORMAT, *FORMS.values()], ids=["published", *FORMS])
+def test_every_matrix_has_its_file_in_the_safetensors_format(
+    form: RecordFormat, compression: Compression, tmp_path: Path
+) -> None:
+    _, optimizer = trained(compression, form=form)
     files = write_state(optimizer, tmp_path)
     matrices = {planned.name for planned in compression.plan.matrices}
     assert files.keys() == {record_file(name) for name in matrices} | {OUTER_NAME}
@@ -159,11 +180,44 @@ def test_a_state_of_other_widths_is_refused(compression: Compression, tmp_path: 
     manifest = write(compression, optimizer, tmp_path)
     wider = Compression.of(compression.base.folder, hidden_size=28)
     message = (
-        f"{tmp_path / record_file('model.embed_tokens.weight')}: aux is F32 [300, 24], this run expects F32 [300, 28]. "
+        f"{tmp_path / record_file(EMBEDDING)}: aux is F32 [300, 24], this run expects F32 [300, 28]. "
         "Use its own run.yaml."
     )
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         read_state(wider.optimizer(wider.model()), tmp_path, manifest)
+
+
+@pytest.mark.parametrize(
+    ("form", "difference"),
+    [
+        ("bfloat16", "aux is F32 [300, 24], this run expects BF16 [300, 24]"),
+        ("8bit", "aux.exp_avg is F32 [300, 24], this run expects U8 [300, 24]"),
+        ("low rank", "delta_in is F32 [32, 24], this run expects nothing"),
+    ],
+)
+def test_a_state_in_another_format_is_refused(
+    form: str, difference: str, compression: Compression, tmp_path: Path
+) -> None:
+    _, optimizer = trained(compression)
+    manifest = write(compression, optimizer, tmp_path)
+    other = compression.optimizer(compression.model(), form=FORMS[form])
+    message = f"{tmp_path / record_file(EMBEDDING)}: {difference}. Use its own run.yaml."
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        read_state(other, tmp_path, manifest)
+
+
+def test_the_order_of_tensors_in_a_record_file_does_not_matter(compression: Compression, tmp_path: Path) -> None:
+    """Checkpoints of format 1 have another one than those of format 2."""
+    _, optimizer = trained(compression)
+    files, path = write_state(optimizer, tmp_path), tmp_path / record_file(UP)
+    save_file(load_file(path), path)  # By name, within a dtype.
+    assert files[record_file(UP)] != fingerprint_file(path)
+    files[record_file(UP)] = fingerprint_file(path)
+    fresh = compression.optimizer(compression.model())
+    read_state(fresh, tmp_path, manifest_of(compression, files))
+    found, expected = (own.records[UP].tensors() for own in (fresh, optimizer))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[part], expected[part]) for part in expected)
 
 
 def test_a_state_without_a_tensor_is_refused(compression: Compression, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pcscale.common.errors import BudgetError, RequestError, RunError
+from pcscale.projection import residency
 from pcscale.projection.layout import TensorSpec, overlap_bytes
 from pcscale.projection.record import views_of
 from pcscale.projection.residency import Home, Traffic
 from pcscale.storage.hashing import fingerprint_file
+from pcscale.storage.host_memory import HostBytes
 from pcscale.storage.index import read_header
 from tests.projection.homes import (
     HOMES,
@@ -398,31 +400,48 @@ def test_a_folder_that_cannot_be_written_is_refused(code: int, folder: Path, mon
         a_home("disk", folder)
 
 
-def test_what_a_killed_run_left_is_cleared_away(folder: Path) -> None:
+def test_what_a_killed_run_left_does_not_reach_the_next_one(folder: Path) -> None:
     filled(a_home("disk", folder))
-    (folder / ".partial-small.weight.safetensors").write_bytes(b"half")
-    a_home("disk", folder, made=False)
-    assert file_bytes(folder) == {}
+    record_path(folder, ".partial-small.weight").write_bytes(b"half")
+    (folder / "notes.txt").write_text("somebody else's")
+    home = a_home("disk", folder)
+    assert_holds(home, {name: torch.zeros(SIZES[name], dtype=torch.uint8) for name in NAMES})
+    assert {path.name for path in folder.iterdir()} == {f"{name}.safetensors" for name in NAMES} | {"notes.txt"}
 
 
 # Budgets.
 
 NEEDS = {"cpu": (ALL, "all records take"), "disk": (LARGEST, "the largest record takes")}
+PADDING = 512 * len(NAMES)
+"""What may lie between records, so that each begins where every dtype may begin."""
+
+
+def least_of(home: str, folder: Path) -> int:
+    """The least pinned memory that would do, as a refusal says it."""
+    message = rf"^pinned_memory 1 B is too small for residency {home}: {NEEDS[home][1]} .+\. Give at least \d+ bytes\.$"
+    with pytest.raises(BudgetError, match=message) as caught:
+        a_home(home, folder, 1)
+    return int(str(caught.value).split()[-2])
 
 
 @pytest.mark.parametrize("home", MOVING)
 def test_too_little_pinned_memory_is_refused_with_the_least_that_would_do(home: str, folder: Path) -> None:
-    least, what = NEEDS[home]
-    message = rf"^pinned_memory .+ is too small for residency {home}: {what} .+\. Give at least {least} bytes\.$"
-    with pytest.raises(BudgetError, match=message):
+    least = least_of(home, folder)
+    assert NEEDS[home][0] <= least <= NEEDS[home][0] + PADDING
+    with pytest.raises(BudgetError, match=f"Give at least {least} bytes"):
         a_home(home, folder, least - 1)
     assert not folder.exists(), "nothing was written"
 
 
 @pytest.mark.parametrize("home", MOVING)
-def test_the_least_pinned_memory_works(home: str, folder: Path) -> None:
-    records = a_home(home, folder, NEEDS[home][0])
+def test_the_least_pinned_memory_works_and_no_more_is_taken(
+    home: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least, taken = least_of(home, folder), []
+    monkeypatch.setattr(residency, "HostBytes", lambda num_bytes: taken.append(num_bytes) or HostBytes(num_bytes))
+    records = a_home(home, folder, least)
     assert_holds(records, filled(records))
+    assert sum(taken) <= least
 
 
 def test_residency_device_needs_no_pinned_memory(folder: Path) -> None:
@@ -460,6 +479,16 @@ def test_records_of_an_odd_number_of_bytes_lie_beside_each_other(home: str, fold
         records.create(name, {"delta_in": values})
     for name in layouts:
         assert torch.equal(views_of(held(records, name), layout)["delta_in"], values)
+
+
+@pytest.mark.parametrize("pinned_bytes", [None, 1])
+@pytest.mark.parametrize("home", HOMES)
+def test_no_records_live_anywhere(home: str, pinned_bytes: int | None, folder: Path, tmp_path: Path) -> None:
+    """Those of the control arm."""
+    traffic = Traffic()
+    a_home(home, folder, pinned_bytes, traffic=traffic, layouts={})
+    assert traffic.total == 0
+    assert file_bytes(tmp_path) == {}
 
 
 # Traffic.
