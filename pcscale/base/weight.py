@@ -61,7 +61,11 @@ class FrozenWeight:
         return flat.view(-1, width)
 
     def copy_block(self, out: torch.Tensor, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
-        """Write a block, both of whose starts are multiples of 256, into `out` and return it. Memory: small chunks."""
+        """Write a block into `out` and return it. Memory: small chunks.
+
+        Args:
+            rows, columns: their starts, and stops before the end, are multiples of 256.
+        """
         if self.absmax is None:
             return out.copy_(self.values[rows, columns])
         O, I = self.shape
@@ -85,4 +89,4 @@ def encode_weight(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tenso
     flat, coded = weight.reshape(-1), Blockwise(codes.view(-1), absmax)
     for first in range(0, len(flat), _CHUNK_VALUES):
         last = min(first + _CHUNK_VALUES, len(flat))
-        coded.part(first, last).encode_nearest(flat[first:last].float())
+        coded.part(first, last).encode_by_search(flat[first:last].float())

@@ -36,6 +36,9 @@ def settings_help() -> str:
     """One paragraph per theme, a line per setting."""
     parts = []
     for theme, fields in themed_fields().items():
-        lines = [f"{name} ({default_text(field)}): {field.description}" for name, field in fields.items()]
+        lines = [
+            f"{name} ({default_text(field)}): {' '.join((field.description or '').split())}"
+            for name, field in fields.items()
+        ]
         parts.append("\b\n" + f"Settings: {theme}\n" + "\n".join(f"  {line}" for line in lines))
     return "\n\n".join(parts)

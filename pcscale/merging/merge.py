@@ -6,6 +6,7 @@ its finished shards with `resume`. Neither a GPU nor transformers is needed.
 
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,7 +23,15 @@ from pcscale.base.weight import FrozenWeight
 from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError, RunError
-from pcscale.common.files import publish, read_json, said_plainly, sync_to_disk, temporary_beside, write_json
+from pcscale.common.files import (
+    TEMPORARY_PREFIX,
+    publish,
+    read_json,
+    said_plainly,
+    sync_to_disk,
+    temporary_beside,
+    write_json,
+)
 from pcscale.common.units import format_bytes
 from pcscale.families.hf_config import CONFIG_NAME
 from pcscale.families.plan import Plan, PlannedWeight
@@ -165,11 +174,11 @@ def trained_weights(
         yield base
         return
     cache = checkpoint.resolve().parent.parent / CACHE_NAME
-    scratch = temporary_beside(beside.resolve().with_name(f"{beside.resolve().name}-{CACHE_NAME}"))
-    try:
-        yield Int8Base(base, cache if cache.exists() else scratch, manifest.coded_fingerprints)
-    finally:
-        scratch.unlink(missing_ok=True)
+    if cache.exists():
+        yield Int8Base(base, cache, manifest.coded_fingerprints)
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}base-", dir=beside.resolve().parent) as scratch:
+        yield Int8Base(base, Path(scratch) / CACHE_NAME, manifest.coded_fingerprints)
 
 
 def _output_dtypes(source: _Source, dtype: str | None) -> dict[str, torch.dtype]:

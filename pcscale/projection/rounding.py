@@ -20,8 +20,8 @@ _MASK = 2**32 - 1
 
 def noise_key(seed: int, step: int, matrix: int, part: int) -> NoiseKey:
     """A key from what tells two roundings apart."""
-    key = seed & _MASK
-    for number in (step, matrix, part):
+    key = 0
+    for number in (seed, step, matrix, part):
         key = _mix((key + _GOLDEN + number) & _MASK)
     return key
 

@@ -2,7 +2,7 @@
 
 Decoding, and coding on a GPU, is bitsandbytes' own. Coding on a processor is ours: a table indexed by the value's half
 precision, four times as fast as searching the codes for each value. The code is the nearest one to the rounded value,
-so it may be its neighbour where a value lies within 2^-12 of itself, or 2^-25 of the scale, from the middle of two.
+so it may be its neighbour where a value lies within 2^-11 of itself, or 2^-25 of the scale, from the middle of two.
 
 Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861 (2022); the codes: Dettmers,
 8-Bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561.
@@ -45,17 +45,18 @@ class Blockwise:
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values, in the shape of the codes, newly allocated."""
         code = _code(self.signed, self.codes.device)
-        return _operations().dequantize_blockwise(self.codes, self.absmax, code, BLOCK, dtype)
+        # bitsandbytes reads the scales by address, whatever their strides are.
+        return _operations().dequantize_blockwise(self.codes, self.absmax.contiguous(), code, BLOCK, dtype)
 
     def encode(self, values: torch.Tensor) -> None:
         """Code float32 values of the same shape in place of the old ones."""
         if values.device.type == "cpu":
             self._encode_by_table(values)
         else:
-            self.encode_nearest(values)
+            self.encode_by_search(values)
 
-    def encode_nearest(self, values: torch.Tensor) -> None:
-        """The same by bitsandbytes' search for the nearest code: slow on a processor, for what is coded once."""
+    def encode_by_search(self, values: torch.Tensor) -> None:
+        """The same by bitsandbytes' own search: slow on a processor, for what is coded once."""
         code = _code(self.signed, values.device)
         codes, absmax = _operations().quantize_blockwise(values, code, BLOCK)
         self.codes.copy_(codes if self.signed else codes.clamp_(min=1))

@@ -96,7 +96,7 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
 
 def _check_merge_cap(setup: Setup, config: RunConfig) -> None:
     """A cap that the last part cannot keep is refused before the first."""
-    least = merge_need_bytes(setup.plan)
+    least = merge_need_bytes(setup.plan, config.rank)
     if parse_bytes(config.max_memory) < least:
         raise BudgetError(f"max_memory {config.max_memory} is too small for the merge: give at least {least} bytes.")
 

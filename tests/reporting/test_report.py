@@ -126,6 +126,8 @@ def test_report_json_holds_what_is_returned(run: Path) -> None:
         "final_loss": steps[-1]["loss"],
         "best_eval_loss": min(step["eval_loss"] for step in steps if "eval_loss" in step),
         "skipped_steps": 1,
+        "moved_bytes_per_step": 0,
+        "least_moved_bytes_per_step": 0,
     }
 
 

@@ -135,7 +135,7 @@ def test_bitsandbytes_decodes_what_was_coded_here(make: Callable[[], torch.Tenso
 def test_the_search_gives_the_codes_of_bitsandbytes(make: Callable[[], torch.Tensor], signed: bool) -> None:
     values = make()
     ours = empty(len(values), signed)
-    ours.encode_nearest(values)
+    ours.encode_by_search(values)
     codes, absmax = by_bitsandbytes(values, signed)
     assert torch.equal(ours.codes, codes if signed else codes.clamp(min=1))
     assert torch.equal(ours.absmax, absmax)
@@ -174,7 +174,7 @@ def test_nothing_but_zeros_comes_back_as_it_was(signed: bool) -> None:
     assert not fresh.decode().any(), "bytes that are zero are values that are zero"
 
 
-@pytest.mark.parametrize("encode", [Blockwise.encode, Blockwise.encode_nearest], ids=["table", "search"])
+@pytest.mark.parametrize("encode", [Blockwise.encode, Blockwise.encode_by_search], ids=["table", "search"])
 def test_without_a_sign_no_value_of_a_block_with_a_scale_is_zero(
     encode: Callable[[Blockwise, torch.Tensor], None],
 ) -> None:
