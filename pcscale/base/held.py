@@ -5,7 +5,8 @@ import torch
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight
-from pcscale.storage.host_memory import HostBytes
+from pcscale.common.units import aligned
+from pcscale.storage.host_memory import Arena, HostBytes
 
 
 class HeldBase:
@@ -19,25 +20,26 @@ class HeldBase:
     """
 
     def __init__(self, base: MappedBase | Int8Base, device: torch.device) -> None:
+        self.home = "cpu" if device.type == "cpu" else "device"
         self.loss, self.coded_fingerprints = base.loss, base.coded_fingerprints
         if device.type == "cpu":
-            self._memory = HostBytes(sum(base.weight(name).num_bytes for name in base.matrix_names))
-            self._free = self._memory.bytes
-            self._weights = {name: self._copied(base.weight(name)) for name in base.matrix_names}
+            tensors = [tensor for name in base.matrix_names for tensor in base.weight(name).tensors]
+            self._memory = HostBytes(sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors))
+            places = Arena(self._memory.bytes)
+            self._weights = {name: _copied(base.weight(name), places) for name in base.matrix_names}
         else:
             self._weights = {name: base.weight(name).to(device) for name in base.matrix_names}
-
-    def _copied(self, weight: FrozenWeight) -> FrozenWeight:
-        """A copy in the block, taken from its start."""
-        copies = []
-        for tensor in weight.tensors:
-            num_bytes = tensor.numel() * tensor.element_size()
-            copies.append(self._free[:num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-            self._free = self._free[num_bytes:]
-        return FrozenWeight(*copies)
 
     def weight(self, name: str) -> FrozenWeight:
         return self._weights[name]
 
     def prefetch(self, names: list[str]) -> None:
         """Nothing to do: they are in memory."""
+
+
+def _copied(weight: FrozenWeight, places: Arena) -> FrozenWeight:
+    copies = []
+    for tensor in weight.tensors:
+        place = places.take(tensor.numel() * tensor.element_size())
+        copies.append(place.view(tensor.dtype).view(tensor.shape).copy_(tensor))
+    return FrozenWeight(*copies)

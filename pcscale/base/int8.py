@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,16 +47,22 @@ class Int8Base:
     Memory: file-backed only; while the cache is made a few MiB.
     """
 
+    home = "disk"
+
     def __init__(self, base: MappedBase, cache: Path, expected: Mapping[str, str] | None = None) -> None:
         require_bitsandbytes("base_precision int8")
         self.stored = base
         self.cache = cache
-        with _one_at_a_time(cache):
+        coded = _read_cache(cache, base)
+        if isinstance(coded, str):
+            with _one_at_a_time(cache.parent):
+                problem = _read_cache(cache, base)
+                if isinstance(problem, str):  # Nobody else has made it meanwhile.
+                    if cache.exists():
+                        console.warn(f"{cache} {problem}: it is made again")
+                    _write_cache(cache, base)
             coded = _read_cache(cache, base)
-            if coded is None:
-                _write_cache(cache, base)
-                coded = _read_cache(cache, base)
-        if coded is None:
+        if isinstance(coded, str):
             raise RunError(f"{cache} is not what was written to it just now. Check the disk.")
         self._reader, self.coded_fingerprints = coded
         for name, found in self.coded_fingerprints.items():
@@ -94,32 +101,32 @@ class Int8Base:
 
 
 @contextmanager
-def _one_at_a_time(cache: Path) -> Iterator[None]:
-    """Let one process of this host make the cache while the others wait for it."""
-    with said_plainly(cache):
-        lock = cache.with_name(f".{cache.name}.lock")
-        with lock.open("w") as handle:
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process of this host work in the folder while the others wait for it."""
+    with said_plainly(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(handle)
 
 
-def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, str]] | None:
-    """The cache and its fingerprints; None: there is none, or not of this base, or it was changed."""
+def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, str]] | str:
+    """The cache and its fingerprints, or what is wrong with it."""
     if not cache.exists():
-        return None
+        return "is absent"
     try:
         entries, metadata = read_header(cache)
         reader = TensorReader(entries)
         if metadata.get(_BOUND_TO) != _bound_to(base):
-            console.warn(f"{cache} is of another base: it is made again")
-            return None
+            return "is of another base"
         found = {name: _fingerprint(reader, name) for name in base.matrix_names}
         if bytes.fromhex("".join(found.values())) == bytes(reader.data(_FINGERPRINTS)):
             return reader, found
     except (RequestError, KeyError):
         pass
-    console.warn(f"{cache} was changed or cut short: it is made again")
-    return None
+    return "was changed or cut short"
 
 
 def _bound_to(base: MappedBase) -> str:

@@ -31,6 +31,8 @@ class MappedBase:
     Memory: file-backed only.
     """
 
+    home = "disk"
+
     def __init__(self, source: BaseFolder, expected: Mapping[str, str] | None = None) -> None:
         self.folder: Path = source.folder
         self.name = source.name

@@ -101,6 +101,7 @@ def moved_bytes(plan: Plan, config: RunConfig) -> dict[str, int]:
     records = sum(record_bytes(planned, record_format(config)) for planned in plan.matrices)
     records = 0 if config.residency == "device" else records
     base = sum(kept_base_bytes(planned, plan.base_config, config) for planned in plan.matrices)
+    base = 0 if config.base_home == "device" else base
     return {"base": base, "records_read": records, "records_written": records}
 
 

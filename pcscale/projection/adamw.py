@@ -42,14 +42,15 @@ def update(
     """Update a value and its moments in place.
 
     Args:
-        gradient: in the value's shape, on its device, of any floating-point dtype.
+        gradient: in the value's shape, of any floating-point dtype; from another device it comes a chunk at a time.
         key: of the stochastic rounding where the value is kept in bfloat16.
         start: what weight decay pulls towards; None: zero.
 
     Memory: with values or moments in fewer than 32 bits, float32 copies of one chunk at a time.
     """
     exact = (trained.value, trained.exp_avg, trained.exp_avg_sq, gradient)
-    if start is None and all(isinstance(part, torch.Tensor) and part.dtype == torch.float32 for part in exact):
+    here = gradient.device == trained.value.device
+    if here and start is None and all(isinstance(p, torch.Tensor) and p.dtype == torch.float32 for p in exact):
         _fused(trained.value, gradient, _float(trained.exp_avg), _float(trained.exp_avg_sq), settings)
         return
     flat, flat_gradient = trained.value.view(-1), gradient.reshape(-1)
@@ -59,7 +60,7 @@ def update(
         value, exp_avg, exp_avg_sq = (
             _float(_part(stored, first, last)) for stored in (flat, trained.exp_avg, trained.exp_avg_sq)
         )
-        _fused(value, flat_gradient[first:last].float(), exp_avg, exp_avg_sq, settings)
+        _fused(value, flat_gradient[first:last].to(value.device, torch.float32), exp_avg, exp_avg_sq, settings)
         if start is not None:
             value.add_(start.view(-1)[first:last], alpha=settings.rate * settings.weight_decay)
         for stored, moment in ((trained.exp_avg, exp_avg), (trained.exp_avg_sq, exp_avg_sq)):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from pcscale.common.errors import RequestError
 from pcscale.storage.host_memory import HostBytes
 
 GRADIENT_HOMES = ("device", "cpu")
@@ -12,23 +13,23 @@ class Accumulated:
     """The accumulated gradients of a model.
 
     With home `cpu` each parameter's gradient is added to a host tensor, and let go on the device, as soon as a backward
-    pass has finished it; they are scaled when they are fetched.
+    pass has finished it.
 
     Args:
         parameters: leaves of the model.
         home: `device` or `cpu`.
 
-    Memory: with `cpu` one gradient of every parameter on the host, in the gradient's dtype.
+    Memory: with `cpu` one gradient of every parameter on the host, in the gradient's dtype; pinned beside a GPU.
     """
 
     def __init__(self, parameters: list[nn.Parameter], home: str) -> None:
-        assert home in GRADIENT_HOMES
+        if home not in GRADIENT_HOMES:
+            raise RequestError(f"gradient_home is {home!r}: expected one of {', '.join(GRADIENT_HOMES)}.")
+        self.home = home
         self._parameters = parameters
-        self._on_host = home == "cpu"
         self._host: dict[int, torch.Tensor] = {}
-        self._scale = 1.0
-        if self._on_host:
-            self._buffers: dict[int, HostBytes] = {}
+        self._buffers: dict[int, HostBytes] = {}
+        if home == "cpu":
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -50,27 +51,25 @@ class Accumulated:
         return self._buffers[id(parameter)].bytes.view(like.dtype).view(like.shape)
 
     def of(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        """Where it lies, not yet scaled; None: no backward pass has reached the parameter."""
-        return self._host.get(id(parameter)) if self._on_host else parameter.grad
-
-    def rows(self, parameter: nn.Parameter, rows: slice) -> torch.Tensor:
-        """Some rows of a parameter's gradient, on its device."""
-        gradient = self.of(parameter)
-        assert gradient is not None
-        if not self._on_host:
-            return gradient[rows]
-        return gradient[rows].to(parameter.device) * self._scale
+        """A parameter's gradient where it lies; None: no backward pass has reached the parameter."""
+        return parameter.grad if self.home == "device" else self._host.get(id(parameter))
 
     def clip_norm(self, max_norm: float) -> torch.Tensor:
-        """Scale all gradients so that their norm is at most `max_norm`; returns the norm before, float32."""
-        if not self._on_host:
-            return torch.nn.utils.clip_grad_norm_(self._parameters, max_norm)
-        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self._host.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        self._scale = min(1.0, max_norm / (norm.item() + 1e-6))
+        """Scale all gradients, in place, so that their norm is at most `max_norm`.
+
+        Returns:
+            The norm before, a float32 scalar whatever the gradients' dtype.
+        """
+        found = [gradient for gradient in map(self.of, self._parameters) if gradient is not None]
+        if not found:
+            return torch.zeros(())
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in found]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in found:
+            gradient.mul_(scale.to(gradient.device))
         return norm
 
     def clear(self) -> None:
-        """Forget the gradients of this step."""
+        """Forget the gradients that are on the host."""
         self._host.clear()
-        self._scale = 1.0

@@ -89,7 +89,7 @@ Layouts = dict[str, dict[str, TensorSpec]]
 
 
 def open_home(residency: Residency, layouts: Layouts, device: torch.device, traffic: Traffic) -> Home:
-    """The home of the records with these layouts, all zero.
+    """The home of the records with these layouts; each is made with `create`.
 
     Raises:
         BudgetError: `pinned_bytes` is less than what this residency needs.
@@ -116,7 +116,7 @@ def check_budget(residency: Residency, sizes: list[int]) -> None:
     """
     if residency.home == "device" or residency.pinned_bytes is None:
         return
-    least = sum(sizes) if residency.home == "cpu" else max(sizes, default=0)
+    least = sum(map(aligned, sizes)) if residency.home == "cpu" else max(sizes, default=0)
     if residency.pinned_bytes < least:
         what = "all records take" if residency.home == "cpu" else "the largest record takes"
         raise BudgetError(
@@ -128,13 +128,17 @@ def check_budget(residency: Residency, sizes: list[int]) -> None:
 def check_disk(folder: Path, sizes: list[int]) -> None:
     """Refuse a folder, there already or not, whose disk has no room for records of these sizes.
 
+    Records that a killed run left there are replaced, so their room counts as free unless a checkpoint shares it.
+
     Raises:
         RunError: with what is missing.
     """
+    left = [path.stat() for path in folder.glob("*.safetensors")]
+    replaced = sum(512 * status.st_blocks for status in left if status.st_nlink == 1)
     while not folder.exists():
         folder = folder.parent
     # While a record is replaced, its old file is there as well.
-    needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free
+    needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free + replaced
     if free < needed:
         raise RunError(
             f"{folder}: the disk has {format_bytes(free)} free, residency disk takes {format_bytes(needed)}. "

@@ -21,9 +21,11 @@ class Base(Protocol):
     """What the sweep needs of a frozen base.
 
     Attributes:
+        home: `disk`, `cpu` or `device`: where its weights come from.
         coded_fingerprints: of the 8-bit codes that its weights come from; empty: they are the stored ones.
     """
 
+    home: str
     coded_fingerprints: dict[str, str]
 
     def weight(self, name: str) -> FrozenWeight: ...
@@ -91,10 +93,12 @@ class RecordStore(Mapping[str, MatrixRecord]):
 
     @contextlib.contextmanager
     def visits(self, names: list[str], change: bool) -> Iterator[Iterator[Visit]]:
-        """Visit these matrices in turn; what a visit changes is the record's when the block has ended well.
+        """Visit these matrices in turn; what a visit changes is the record's when the next one begins.
+
+        With residency device records are changed in place, also by a visit that fails.
 
         Raises:
-            RunError: a record could not be read or written; those before it may have been changed.
+            RunError: a record could not be read or written; those before it have been changed.
         """
         with (
             ThreadPoolExecutor(1, "fetch") as reader,
@@ -133,7 +137,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def _fetch(self, name: str) -> Visit:
         self._base.prefetch([name])
         weight = self._base.weight(name)
-        self.traffic.base_read += weight.num_bytes
+        self.traffic.base_read += weight.num_bytes * (self._base.home != "device")
         if self._device.type != "cpu":
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):

@@ -51,8 +51,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         project: False trains the start directly, without the base: the hard-pruning control arm.
         form: the precision and rank of records.
         residency: where records live.
-        gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip them with
-            `clip_grad_norm_` of this optimizer.
+        gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip and clear them with
+            `clip_grad_norm_` and `zero_grad` of this optimizer.
         compute_dtype: of the products, which accumulate in float32; None: the model's on a GPU, float32 elsewhere.
         seed: of stochastic rounding, and of the U of a low rank.
 
@@ -150,9 +150,10 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for name in names:
             if name in self.direct:
                 parameter = self._parameters[name]
-                group = group_of[id(parameter)]
+                gradient, group = self.gradients.of(parameter), group_of[id(parameter)]
+                assert gradient is not None
                 settings = self._settings(group, group["lr"] * group["aux_ratio"])
-                update(self.direct[name], self.gradients.rows(parameter, slice(None)).float(), settings)
+                update(self.direct[name], gradient.to(parameter.device, torch.float32), settings)
                 _publish(parameter, self.direct[name].value)
         self.updates += 1
         return loss
@@ -175,11 +176,13 @@ class ProjectedAdamW(torch.optim.Optimizer):
         neither the base weight nor its gradient exists whole in the dtype of the products.
         """
         record, parameter = visit.record, self._parameters[visit.planned.name]
+        G_oi = self.gradients.of(parameter)
+        assert G_oi is not None
         projection = record.projection(self.compute_dtype)
         totals: list[torch.Tensor] = []
         for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
-            G_bi = self.gradients.rows(parameter, rows).to(self.compute_dtype)
+            G_bi = G_oi[rows].to(parameter.device, self.compute_dtype)
             pulled = algebra.pull_back(W_bI, projection, G_bi)
             factors = [*pulled.out, *pulled.in_]
             del W_bI, G_bi, pulled
@@ -189,7 +192,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         names = [part for part in record.parts if part != AUX]
         for part in names:
             yield part, totals.pop(0)
-        yield AUX, self.gradients.rows(parameter, slice(None))
+        yield AUX, G_oi
 
     def _compose(self, visit: Visit) -> None:
         parameter = self._parameters[visit.planned.name]

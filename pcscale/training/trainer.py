@@ -26,7 +26,12 @@ class ProjectionCallback(TrainerCallback):
         self.base = base
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raises: RequestError: the Trainer is set up for more than one process or for DeepSpeed."""
+        """Raises: RequestError: the Trainer has more than one process or DeepSpeed, or gradients are on the host."""
+        if self.optimizer.gradients.home != "device":
+            raise RequestError(
+                "the Trainer clips and clears `parameter.grad` itself, which gradient_home cpu takes away. "
+                "Leave gradient_home at device."
+            )
         if getattr(args, "deepspeed", None) or args.world_size > 1:
             raise RequestError(
                 "ProjectedAdamW runs under the Trainer on one process only. "

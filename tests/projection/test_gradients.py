@@ -50,7 +50,7 @@ def backward(model: nn.Module, count: int = 1, seed: int = 5) -> None:
 def gradients_of(optimizer: ProjectedAdamW, model: nn.Module) -> Weights:
     """Copies of what the sweep would fetch."""
     return {
-        name: optimizer.gradients.rows(parameter, slice(None)).clone()
+        name: optimizer.gradients.of(parameter).clone()
         for name, parameter in model.named_parameters()
         if optimizer.gradients.of(parameter) is not None
     }
@@ -195,7 +195,7 @@ def test_rows_are_those_of_the_gradient() -> None:
     parameter = nn.Parameter(torch.zeros(6, 2))
     gradients = Accumulated([parameter], "cpu")
     (parameter * torch.arange(12.0).view(6, 2)).sum().backward()
-    assert gradients.rows(parameter, slice(2, 4)).tolist() == [[4, 5], [6, 7]]
+    assert gradients.of(parameter)[2:4].tolist() == [[4, 5], [6, 7]]
 
 
 def test_a_gradient_is_kept_apart_from_the_next_backward_pass() -> None:

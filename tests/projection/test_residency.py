@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pcscale.common.errors import BudgetError, RequestError, RunError
+from pcscale.common.units import aligned
 from pcscale.projection import residency
 from pcscale.projection.layout import TensorSpec, overlap_bytes
 from pcscale.projection.record import views_of
@@ -39,7 +40,7 @@ from tests.projection.homes import (
 __all__ = ["full_disk", "no_endless_wait"]
 
 NAMES = list(LAYOUTS)
-ALL = sum(SIZES.values())
+ALL = sum(map(aligned, SIZES.values()))
 DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
 
 
