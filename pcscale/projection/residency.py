@@ -128,17 +128,13 @@ def check_budget(residency: Residency, sizes: list[int]) -> None:
 def check_disk(folder: Path, sizes: list[int]) -> None:
     """Refuse a folder, there already or not, whose disk has no room for records of these sizes.
 
-    Records that a killed run left there are replaced, so their room counts as free unless a checkpoint shares it.
-
     Raises:
         RunError: with what is missing.
     """
-    left = [path.stat() for path in folder.glob("*.safetensors")]
-    replaced = sum(512 * status.st_blocks for status in left if status.st_nlink == 1)
     while not folder.exists():
         folder = folder.parent
     # While a record is replaced, its old file is there as well.
-    needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free + replaced
+    needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
             f"{folder}: the disk has {format_bytes(free)} free, residency disk takes {format_bytes(needed)}. "

@@ -114,6 +114,10 @@ class RunFolder:
         for path in (tokens, self.scores, self.metrics, self.evaluation, self.merge_result, self.usage):
             path.unlink(missing_ok=True)
 
+    def clear_residency(self) -> None:
+        """Remove the records' files: training has ended, or was killed and goes on from a checkpoint."""
+        shutil.rmtree(self.residency, ignore_errors=True)
+
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all but the newest checkpoints. One that is being removed is no longer visible as a checkpoint."""
         for step in self.saved_steps()[:-keep]:

@@ -1,6 +1,5 @@
 """The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -74,6 +73,8 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
     if setup.device.type == "cpu":
         document = on_host_alone(document)
     _check_merge_cap(setup, config)
+    if not dry_run:
+        folder.clear_residency()
     _check_records(setup, config, folder)
     if dry_run:
         return document
@@ -185,7 +186,7 @@ class _Run:
                 self._train(kept, checkpoint, manifest)
         finally:
             # What is worth keeping of the records, a checkpoint holds.
-            shutil.rmtree(self.folder.residency, ignore_errors=True)
+            self.folder.clear_residency()
         release_freed()
 
     def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
