@@ -141,9 +141,9 @@ class RunConfig(BaseModel):
     projection_rank: Annotated[str | int, BeforeValidator(_check_rank)] = Field(
         default="full", json_schema_extra=_MEMORY
     )
-    """The rank of D: `full`, or a number, which makes D a product of two thin factors that are never multiplied. Rank 64
-    on SmolLM2-135M has a seventh of D's values and a quarter of the sweep's FLOPs; its held-out loss after 100 steps was
-    0.04 nats above that of whole D, at rates where rounding alone moves it by as much (docs/lab_log.md)."""
+    """The rank of D: `full`, or a number, which makes D a product of two thin factors that are never multiplied. At
+    rank 64 SmolLM2-135M has a seventh of D's values and a quarter of the sweep's FLOPs; after 100 steps its held-out
+    loss was 0.04 nats above whole D's, at rates where rounding alone moves it by as much (docs/lab_log.md)."""
     gradient_dtype: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=_MEMORY)
     """The dtype that the gradients of the compressed weights accumulate in; `bfloat16` needs bf16."""
     gradient_home: Literal["device", "cpu"] = Field(default="device", json_schema_extra=_MEMORY)

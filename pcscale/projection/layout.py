@@ -27,6 +27,9 @@ MIN_8BIT_VALUES = 4096
 """Tensors with fewer keep moments in 32 bits, as bitsandbytes documents of its `min_8bit_size`."""
 ROW_BLOCK = 4096
 """Rows that a matrix whose out side keeps its size is visited in; a multiple of the 256 that 8-bit codes come in."""
+AHEAD = 7
+"""Matrices that are fetched ahead of the one that is worked on, as far as buffers have room: about a layer. Small ones
+are done before a large one could be fetched beside them."""
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 

@@ -7,6 +7,7 @@ stream of its own, so that copies run beside the products.
 Each home gives a visit a buffer to work in and takes it back: no visit sees bytes that another thread may write.
 """
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from pcscale.common.errors import BudgetError, RunError
-from pcscale.common.files import link_or_copy, said_plainly, sync_to_disk, temporary_beside
+from pcscale.common.files import TEMPORARY_PREFIX, link_or_copy, said_plainly, sync_to_disk, temporary_beside
 from pcscale.common.units import aligned, format_bytes
 from pcscale.projection.layout import TensorSpec, overlap_bytes
 from pcscale.projection.record import views_of
@@ -133,8 +134,8 @@ def check_disk(folder: Path, sizes: list[int]) -> None:
     """
     while not folder.exists():
         folder = folder.parent
-    # While a record is replaced, its old file is there as well.
-    needed, free = sum(sizes) + max(sizes, default=0), shutil.disk_usage(folder).free
+    # Beside the records there is a spare file of each size.
+    needed, free = sum(sizes) + sum(set(sizes)), shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
             f"{folder}: the disk has {format_bytes(free)} free, residency disk takes {format_bytes(needed)}. "
@@ -205,8 +206,9 @@ class HostHome:
 class DiskHome:
     """Records live in files; memory holds those that are on their way, the device those that are worked on.
 
-    Every write makes a new file, so that a checkpoint can hold a file by a link to it. A step's files are not synced:
-    after a crash a run goes on from its last checkpoint, whose files are.
+    A record is written into another file than the one it was read from, and a file that a checkpoint shares is never
+    written again, so that a checkpoint can hold a file by a link to it. A step's files are not synced: after a crash a
+    run goes on from its last checkpoint, whose files are.
 
     Args:
         device_bytes, staging_bytes: what the device, and pinned memory beside a GPU, hold of records at a time.
@@ -225,8 +227,12 @@ class DiskHome:
         self._headers = {name: header_bytes(_torch_shapes(layout)) for name, layout in layouts.items()}
         self._folder = folder
         self._traffic = traffic
+        self._spares: dict[int, Path] = {}
+        """Files of former records by their length: at most one of each, since only one record is written at a time."""
         with said_plainly(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                leftover.unlink()
         check_disk(folder, [_size(layout) for layout in layouts.values()])
         self._staging = self._memory = None
         if device.type != "cpu":
@@ -240,8 +246,9 @@ class DiskHome:
     def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         header = self._headers[name]
         with self._new_file(name) as file:
+            file.truncate(0)
             file.write(header)
-            file.truncate(len(header) + _size(self._layouts[name]))  # What is never written reads as zeros.
+            file.truncate(self._file_bytes(name))  # What is never written reads as zeros.
             start = len(header)
             for part, spec in self._layouts[name].items():
                 if part in tensors:
@@ -304,16 +311,35 @@ class DiskHome:
 
     @contextmanager
     def _new_file(self, name: str) -> Iterator[BinaryIO]:
+        """A file, in the place of a spare one of the same length where there is one, that becomes the record."""
         path = self._path(name)
-        temporary = temporary_beside(path)
+        temporary, spare = temporary_beside(path), self._spares.pop(self._file_bytes(name), None)
         with said_plainly(path):
             try:
-                with temporary.open("wb") as file:
+                if spare is not None:
+                    spare.rename(temporary)
+                with temporary.open("wb" if spare is None else "r+b") as file:
                     yield file
-                temporary.replace(path)
+                self._replace(name, temporary)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
+
+    def _replace(self, name: str, temporary: Path) -> None:
+        """Make a written file the record. The old one is a spare from now on, unless a checkpoint shares it.
+
+        Written over, it costs no new pages of memory and no new blocks of the disk.
+        """
+        path, num_bytes = self._path(name), self._file_bytes(name)
+        if path.exists() and path.stat().st_nlink == 1:
+            spare = path.with_name(f"{TEMPORARY_PREFIX}spare-{num_bytes}")
+            with contextlib.suppress(OSError):  # A file system without links has no spares.
+                spare.hardlink_to(path)
+                self._spares[num_bytes] = spare
+        temporary.replace(path)
+
+    def _file_bytes(self, name: str) -> int:
+        return len(self._headers[name]) + _size(self._layouts[name])
 
     def _write(self, name: str, buffer: torch.Tensor) -> None:
         with self._new_file(name) as file:

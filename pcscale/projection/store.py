@@ -1,6 +1,7 @@
 """The records of a run, and the visits that a sweep pays them: the next one is fetched while one is worked on."""
 
 import contextlib
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from pcscale.base.weight import FrozenWeight
 from pcscale.families.plan import PlannedWeight
 from pcscale.importance.select import KeptIndices
-from pcscale.projection.layout import RecordFormat, record_layout
+from pcscale.projection.layout import AHEAD, RecordFormat, record_layout
 from pcscale.projection.record import Kept, MatrixRecord, views_of
 from pcscale.projection.residency import Residency, Traffic, open_home
 
@@ -110,12 +111,12 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def _visit_each(
         self, names: list[str], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
     ) -> Generator[Visit]:
-        coming = [reader.submit(self._fetch, name) for name in names[:1]]
+        coming = deque(reader.submit(self._fetch, name) for name in names[:AHEAD])
         going: list[Future[None]] = []
         try:
             for position in range(len(names)):
-                visit = coming.pop().result()
-                coming = [reader.submit(self._fetch, following) for following in names[position + 1 : position + 2]]
+                visit = coming.popleft().result()
+                coming.extend(reader.submit(self._fetch, name) for name in names[position + AHEAD :][:1])
                 changed = False
                 visit.weight.keep_for(self._device)
                 try:
@@ -124,18 +125,28 @@ class RecordStore(Mapping[str, MatrixRecord]):
                 finally:
                     # Also when the caller failed: the reader may be waiting for this buffer.
                     going.append(writer.submit(self._put, visit, self._now(), changed))
-                if len(going) > 1:
+                while going and going[0].done():
                     going.pop(0).result()
             for put in going:
                 put.result()
         finally:
             for fetched in coming:
                 # What was fetched for a visit that is not made.
-                if fetched.exception() is None:
+                if not fetched.cancel() and fetched.exception() is None:
                     writer.submit(self._put, fetched.result(), None, False)
 
     def _fetch(self, name: str) -> Visit:
         self._base.prefetch([name])
+        buffer = self.home.fetch(name)  # First: room for records bounds how many base weights are under way.
+        try:
+            weight = self._weight(name)
+        except BaseException:
+            self.home.put(name, buffer, False)
+            raise
+        record = MatrixRecord.of(self._kept[name], views_of(buffer, self.layouts[name]))
+        return Visit(self._planned[name], weight, record, buffer)
+
+    def _weight(self, name: str) -> FrozenWeight:
         weight = self._base.weight(name)
         self.traffic.base_read += weight.num_bytes * (self._base.home != "device")
         if self._device.type != "cpu":
@@ -143,9 +154,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
             with torch.cuda.stream(stream):
                 weight = weight.to(self._device)
             stream.synchronize()
-        buffer = self.home.fetch(name)
-        record = MatrixRecord.of(self._kept[name], views_of(buffer, self.layouts[name]))
-        return Visit(self._planned[name], weight, record, buffer)
+        return weight
 
     def _put(self, visit: Visit, computed: torch.cuda.Event | None, changed: bool) -> None:
         if computed is not None:

@@ -118,8 +118,8 @@ class FullDisk:
 
         def opened(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
             hit = self.record is None or path.name == f"{TEMPORARY_PREFIX}{self.record}.safetensors"
-            if self.full and hit and mode == "wb":
-                return _FullFile(path, "w")
+            if self.full and hit and mode in ("wb", "r+b"):
+                return _FullFile(path, mode.removesuffix("b"))
             return path_open(path, mode, *arguments, **named)
 
         monkeypatch.setattr(Path, "open", opened)

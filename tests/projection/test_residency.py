@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pcscale.common.errors import BudgetError, RequestError, RunError
+from pcscale.common.files import TEMPORARY_PREFIX
 from pcscale.common.units import aligned
 from pcscale.projection import residency
 from pcscale.projection.layout import TensorSpec, overlap_bytes
@@ -327,6 +328,27 @@ def test_a_file_that_is_gone_is_said_with_the_way_on(folder: Path) -> None:
     assert torch.equal(held(home, "middle.weight"), records["middle.weight"]), "no buffer was lost"
 
 
+def records_of(files: dict[str, bytes]) -> dict[str, bytes]:
+    """All files but the spare ones, which hold nothing that anybody reads."""
+    return {name: data for name, data in files.items() if not name.startswith(f"{TEMPORARY_PREFIX}spare")}
+
+
+def test_a_spare_file_is_written_over_and_never_one_that_a_checkpoint_shares(folder: Path, tmp_path: Path) -> None:
+    home, path = a_home("disk", folder), record_path(folder, "large.weight")
+    first = path.stat().st_ino
+    put(home, "large.weight", some_bytes("large.weight", seed=1))
+    second = path.stat().st_ino
+    put(home, "large.weight", some_bytes("large.weight", seed=2))
+    assert (path.stat().st_ino, first != second) == (first, True), "two files take turns"
+    home.save("large.weight", tmp_path / "saved")
+    for seed in (3, 4, 5):
+        put(home, "large.weight", some_bytes("large.weight", seed))
+        assert path.stat().st_ino != first
+        assert as_bytes(load_file(tmp_path / "saved")) == as_bytes(
+            views_of(some_bytes("large.weight", 2), LAYOUTS["large.weight"])
+        )
+
+
 def assert_full(home: Home, folder: Path, before: dict[str, bytes], disk: FullDisk) -> None:
     """A put fails, leaves what was there and no more, and succeeds when there is room again."""
     disk.full = True
@@ -335,7 +357,7 @@ def assert_full(home: Home, folder: Path, before: dict[str, bytes], disk: FullDi
     )
     with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
         put(home, "large.weight", some_bytes("large.weight", seed=7))
-    assert file_bytes(folder) == before
+    assert records_of(file_bytes(folder)) == records_of(before)
     disk.full = False
     put(home, "large.weight", some_bytes("large.weight", seed=7))
     assert torch.equal(held(home, "large.weight"), some_bytes("large.weight", seed=7))
@@ -368,7 +390,7 @@ def test_a_name_that_cannot_be_given_leaves_no_partial_file(folder: Path, monkey
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(RunError, match="the disk is full"):
         put(home, "large.weight", some_bytes("large.weight", seed=7))
-    assert file_bytes(folder) == before
+    assert records_of(file_bytes(folder)) == records_of(before)
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
@@ -378,15 +400,15 @@ def with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 def test_too_little_disk_is_said_before_the_first_byte_with_what_is_missing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All records, and once more the largest, whose old file is there while the new one is written."""
-    with_free(monkeypatch, ALL + LARGEST - 100)
+    """All records, and a spare file of each size."""
+    with_free(monkeypatch, ALL + sum(set(SIZES.values())) - 100)
     message = (
         rf"^{re.escape(str(folder))}: the disk has .+ free, residency disk takes .+\. "
         r"Free at least 100 bytes more, or choose another output\.$"
     )
     with pytest.raises(RunError, match=message):
         a_home("disk", folder)
-    with_free(monkeypatch, ALL + LARGEST)
+    with_free(monkeypatch, ALL + sum(set(SIZES.values())))
     home = a_home("disk", folder)
     assert_holds(home, filled(home))
 
@@ -408,7 +430,7 @@ def test_what_a_killed_run_left_does_not_reach_the_next_one(folder: Path) -> Non
     (folder / "notes.txt").write_text("somebody else's")
     home = a_home("disk", folder)
     assert_holds(home, {name: torch.zeros(SIZES[name], dtype=torch.uint8) for name in NAMES})
-    assert {path.name for path in folder.iterdir()} == {f"{name}.safetensors" for name in NAMES} | {"notes.txt"}
+    assert set(records_of(file_bytes(folder))) == {f"{name}.safetensors" for name in NAMES} | {"notes.txt"}
 
 
 # Budgets.
