@@ -16,6 +16,7 @@ from pcscale.families.hf_config import stored_dtype
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.spec import Config
 from pcscale.projection.layout import (
+    AHEAD,
     AUX,
     QUANTISED_BLOCK,
     RecordFormat,
@@ -77,7 +78,7 @@ def train_components(plan: Plan, config: RunConfig) -> dict[str, Component]:
         "record buffers": Component("device", overlap),
         "pinned buffers": Component("host", staging),
         "norms and biases": Component("device", direct * direct_copies * FLOAT_BYTES),
-        "base on its way": Component("device", 0 if config.base_home == "device" else 2 * max(kept, default=0)),
+        "base on its way": Component("device", 0 if config.base_home == "device" else _under_way(kept)),
         "base in flight": Component("device", max((_block_bytes(planned) for planned in matrices), default=0)),
         "sweep temporaries": Component("device", max((_sweep_bytes(planned, form) for planned in matrices), default=0)),
         "activations": Component("device", tokens * _activation_values(plan, config) * weight_bytes),
@@ -92,6 +93,11 @@ def kept_base_bytes(planned: PlannedWeight, base_config: Config, config: RunConf
     if config.base_precision == "int8":
         return values + FLOAT_BYTES * -(-values // QUANTISED_BLOCK)
     return values * (FLOAT_BYTES if stored_dtype(base_config) == "float32" else 2)
+
+
+def _under_way(kept: list[int]) -> int:
+    """Base weights on a GPU at a time: the one that is worked on and those that were fetched ahead of it."""
+    return max((sum(kept[first : first + AHEAD + 1]) for first in range(len(kept))), default=0)
 
 
 def moved_bytes(plan: Plan, config: RunConfig) -> dict[str, int]:

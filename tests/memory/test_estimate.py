@@ -164,6 +164,15 @@ def test_buffers_are_those_that_residency_takes(compression: Compression, tmp_pa
     assert on_host["memory"]["pinned buffers"]["bytes"] == max(sizes)
 
 
+def test_a_gpu_holds_the_base_weights_that_are_fetched_ahead(compression: Compression) -> None:
+    sizes = [math.prod(planned.base_shape) * 4 for planned in compression.plan.matrices]
+    on_its_way = train_components(compression.plan, settings())["base on its way"]
+    assert on_its_way.home == "device"
+    assert max(sizes) < on_its_way.num_bytes < sum(sizes)
+    assert on_its_way.num_bytes == max(sum(sizes[first : first + 8]) for first in range(len(sizes) - 7))
+    assert train_components(compression.plan, settings(base_home="device"))["base on its way"].num_bytes == 0
+
+
 def test_hard_pruning_has_no_records_and_no_base(compression: Compression) -> None:
     components = train_components(compression.plan, settings(method="hard_prune"))
     zero = {name for name, component in components.items() if not component.num_bytes}
