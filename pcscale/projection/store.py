@@ -13,9 +13,10 @@ import torch
 from pcscale.base.weight import FrozenWeight
 from pcscale.families.plan import PlannedWeight
 from pcscale.importance.select import KeptIndices
+from pcscale.projection.homes import Traffic
 from pcscale.projection.layout import AHEAD, RecordFormat, record_layout
 from pcscale.projection.record import Kept, MatrixRecord, views_of
-from pcscale.projection.residency import Residency, Traffic, open_home
+from pcscale.projection.residency import Residency, open_home
 
 
 class Base(Protocol):

@@ -26,7 +26,8 @@ from pcscale.memory.tracker import PhaseUsage, machine, measured, release_freed
 from pcscale.merging.merge import merge
 from pcscale.projection.layout import check_rank, record_bytes
 from pcscale.projection.persist import read_kept
-from pcscale.projection.residency import check_budget, check_disk
+from pcscale.projection.record_files import check_disk
+from pcscale.projection.residency import check_budget
 from pcscale.reporting.report import write_report
 from pcscale.storage.blockwise import require_bitsandbytes
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run

@@ -134,3 +134,19 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def record_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def assert_holds(home: Home, records: dict[str, torch.Tensor]) -> None:
+    for name, record in records.items():
+        assert torch.equal(held(home, name), record), name
+
+
+def as_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, bytes]]:
+    return {
+        name: (tensor.dtype, tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }

@@ -1,6 +1,5 @@
 """Visits to records: what they change is kept, the next one is on its way meanwhile, and no failure makes them hang."""
 
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,35 +8,32 @@ from typing import Any
 import pytest
 import torch
 
-from pcscale.common.errors import RunError
-from pcscale.common.files import TEMPORARY_PREFIX
-from pcscale.compressed.loss import NextTokenLoss
-from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat, record_bytes
+from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
 from pcscale.projection.record import views_of
 from pcscale.projection.residency import Home, Residency
 from pcscale.projection.store import RecordStore
-from pcscale.projection.sweep import ProjectedAdamW
 from tests.projection.homes import (
     HOMES,
     MOVING,
     WAIT_SECONDS,
-    FullDisk,
-    file_bytes,
-    full_disk,
     no_endless_wait,
 )
-from tests.projection.parts import CPU, Compression, TinyBase, copies, token_batches
+from tests.projection.parts import Compression, copies
+from tests.projection.stores import (
+    a_store,
+    all_records,
+    compression,
+    least,
+    one_step,
+    values,
+    visit_all,
+)
 from tests.tiny import build_base
 
-__all__ = ["full_disk", "no_endless_wait"]
+__all__ = ["a_store", "compression", "no_endless_wait"]
 
 SMALL = RecordFormat("bfloat16", "8bit")
 FORMATS = {"published": PUBLISHED_FORMAT, "small": SMALL}
-
-
-@pytest.fixture
-def compression(tiny_base: TinyBase) -> Compression:
-    return Compression.of(tiny_base("llama", False))
 
 
 @pytest.fixture(scope="module")
@@ -45,54 +41,6 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Compression:
     """Wide enough that moments are kept in 8 bits."""
     folder = build_base(tmp_path_factory.mktemp("wide"), "llama", hidden_size=96, intermediate_size=160, head_dim=24)
     return Compression.of(folder, hidden_size=72, intermediate_size=120)
-
-
-def largest_record(compression: Compression, form: RecordFormat = PUBLISHED_FORMAT) -> int:
-    return max(record_bytes(planned, form) for planned in compression.plan.matrices)
-
-
-def all_records(compression: Compression, form: RecordFormat = PUBLISHED_FORMAT) -> int:
-    return sum(record_bytes(planned, form) for planned in compression.plan.matrices)
-
-
-@pytest.fixture
-def a_store(compression: Compression, tmp_path: Path) -> Callable[..., RecordStore]:
-    """`a_store(home, pinned_bytes)`: every record is filled with its position."""
-
-    def make(home: Any, pinned_bytes: int | None = None) -> RecordStore:
-        matrices = list(compression.plan.matrices)
-        residency = Residency(home, tmp_path / "residency", pinned_bytes)
-        store = RecordStore(matrices, PUBLISHED_FORMAT, compression.kept, compression.base, residency, CPU)
-        for position, name in enumerate(store):
-            layout = store.layouts[name]
-            store.home.create(name, {part: torch.full(spec.shape, float(position)) for part, spec in layout.items()})
-        return store
-
-    return make
-
-
-def least(home: str, compression: Compression, form: RecordFormat = PUBLISHED_FORMAT) -> int:
-    """The least pinned memory that a home works with."""
-    if home == "disk":
-        return largest_record(compression, form)
-    # Each may be followed by a little room, so that the next begins where every dtype may begin.
-    return all_records(compression, form) + 512 * len(list(compression.plan.matrices))
-
-
-def values(store: RecordStore, name: str) -> set[float]:
-    """Everything that a record holds."""
-    return {value for tensor in store[name].tensors().values() for value in tensor.unique().tolist()}
-
-
-def visit_all(store: RecordStore, change: bool = True, amount: float = 100.0) -> list[str]:
-    """Add `amount` to everything; returns whom was visited."""
-    visited = []
-    with store.visits(list(store), change) as visits:
-        for visit in visits:
-            for tensor in visit.record.tensors().values():
-                tensor += amount
-            visited.append(visit.planned.name)
-    return visited
 
 
 @pytest.mark.parametrize("tight", [False, True])
@@ -155,12 +103,6 @@ def test_asking_which_records_there_are_moves_none(
 
 
 # Traffic.
-
-
-def one_step(compression: Compression, optimizer: ProjectedAdamW, model: torch.nn.Module, seed: int = 5) -> None:
-    NextTokenLoss(model)(token_batches(1, seed=seed)[0]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -313,113 +255,6 @@ def test_everything_is_written_when_the_block_ends(
     visit_all(store)
     monkeypatch.undo()
     assert [values(store, name) for name in store] == [{100.0 + position} for position in range(len(store))]
-
-
-# Failures.
-
-
-class Broken(Exception):
-    """What a visit may raise."""
-
-
-def failing_visit(store: RecordStore, position: int) -> None:
-    """Change every record up to this one, whose visit fails after it was changed."""
-    with store.visits(list(store), True) as visits:
-        for number, visit in enumerate(visits):
-            for tensor in visit.record.tensors().values():
-                tensor += 100
-            if number == position:
-                raise Broken(visit.planned.name)
-
-
-@pytest.mark.parametrize("tight", [False, True])
-@pytest.mark.parametrize("position", [0, 4])
-@pytest.mark.parametrize("home", MOVING)
-def test_a_visit_that_fails_leaves_its_record_and_those_after_it(
-    home: str, position: int, tight: bool, a_store: Callable[..., RecordStore], compression: Compression
-) -> None:
-    store = a_store(home, least(home, compression) if tight else None)
-    name = list(store)[position]
-    with pytest.raises(Broken, match=re.escape(name)):
-        failing_visit(store, position)
-    found = [values(store, name) for name in store]
-    assert found == [{number + 100.0 * (number < position)} for number in range(len(store))]
-
-
-@pytest.mark.parametrize("home", MOVING)
-def test_visits_that_are_left_early_can_be_made_again(
-    home: str, a_store: Callable[..., RecordStore], compression: Compression
-) -> None:
-    store = a_store(home, least(home, compression))
-    for _ in range(20):
-        with store.visits(list(store), False) as visits:
-            next(visits)
-    assert visit_all(store) == list(store)
-
-
-def test_a_base_weight_that_cannot_be_read_ends_the_visits(
-    a_store: Callable[..., RecordStore], compression: Compression, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = a_store("disk", least("disk", compression))
-    names, read = list(store), compression.base.weight
-
-    def broken(name: str) -> Any:
-        if name == names[2]:
-            raise Broken(name)
-        return read(name)
-
-    monkeypatch.setattr(compression.base, "weight", broken)
-    with pytest.raises(Broken, match=re.escape(names[2])):
-        visit_all(store)
-    monkeypatch.undo()
-    assert [values(store, name) for name in names[:3]] == [{100.0}, {101.0}, {2.0}]
-
-
-def test_a_record_that_was_cut_short_ends_the_visits(
-    a_store: Callable[..., RecordStore], compression: Compression, tmp_path: Path
-) -> None:
-    store = a_store("disk", least("disk", compression))
-    names = list(store)
-    path = tmp_path / "residency" / f"{names[2]}.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
-    with pytest.raises(RunError, match=r"is 4 bytes too short\. .+ go on from it with --resume"):
-        visit_all(store)
-    path.write_bytes(whole)
-    assert [values(store, name) for name in names[:3]] == [{100.0}, {101.0}, {2.0}]
-
-
-@pytest.mark.parametrize("position", [0, 3, -1], ids=["first", "middle", "last"])
-def test_a_disk_that_fills_up_in_the_middle_of_a_sweep_ends_it_and_the_next_sweep_goes_on(
-    position: int, compression: Compression, tmp_path: Path, full_disk: FullDisk
-) -> None:
-    """With the least memory: the reader waits for the very buffer that cannot be written."""
-    folder, model = tmp_path / "residency", compression.model()
-    optimizer = compression.optimizer(model, residency=Residency("disk", folder, largest_record(compression)))
-    one_step(compression, optimizer, model)
-    name = list(optimizer.records)[position]
-    before = file_bytes(folder)
-    full_disk.full, full_disk.record = True, name
-    message = f"{folder / name}.safetensors: the disk is full. Nothing was replaced; free space and run again."
-    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
-        one_step(compression, optimizer, model)
-    after = file_bytes(folder)
-    written = {file for file in before if not file.startswith(f"{TEMPORARY_PREFIX}spare")}
-    assert {file for file in after if not file.startswith(f"{TEMPORARY_PREFIX}spare")} == written, "no part is left"
-    assert after[f"{name}.safetensors"] == before[f"{name}.safetensors"]
-    full_disk.full = False
-    optimizer.zero_grad()
-    one_step(compression, optimizer, model)
-    assert file_bytes(folder)[f"{name}.safetensors"] != before[f"{name}.safetensors"]
-
-
-def test_a_failed_write_is_said_even_where_it_was_the_last(
-    a_store: Callable[..., RecordStore], full_disk: FullDisk
-) -> None:
-    store = a_store("disk")
-    full_disk.full, full_disk.record = True, list(store)[-1]
-    with pytest.raises(RunError, match="the disk is full"):
-        visit_all(store)
 
 
 def test_a_layout_is_what_views_of_a_visit_lie_in(a_store: Callable[..., RecordStore]) -> None:
