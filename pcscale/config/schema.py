@@ -119,11 +119,11 @@ class RunConfig(BaseModel):
     max_skipped_steps: Count = Field(default=10, json_schema_extra=_TRAINING)
     """The run stops after so many steps in a row whose loss or gradients were not finite. Units: steps."""
     bf16: bool = Field(default=False, json_schema_extra=_TRAINING)
-    """Hold and run the compressed model in bfloat16; records and gradients stay in float32."""
+    """Hold and run the compressed model in bfloat16; records and gradients have a precision of their own."""
     gradient_checkpointing: bool = Field(default=False, json_schema_extra=_TRAINING)
     """Recompute activations in the backward pass instead of keeping them."""
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(default=0, json_schema_extra=_TRAINING)
-    """Seed of the data order and of random scores."""
+    """Seed of the data order, of random scores, of stochastic rounding and of the fixed factor of a low rank."""
 
     base_home: Literal["disk", "cpu", "device"] = Field(default="disk", json_schema_extra=_MEMORY)
     """Where the frozen base lives: `disk` maps its files, `cpu` holds it in host memory (pinned where there is a GPU),
