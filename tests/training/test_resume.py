@@ -116,9 +116,9 @@ def test_a_run_killed_from_outside_at_a_random_instant_goes_on_bit_for_bit(
         pytest.param("pcscale.training.pipeline:evaluate_model", 1, [], id="before the start's evaluation"),
         pytest.param("pcscale.training.loop:training_step", 1, [], id="before the first step"),
         # 15 matrices, 5 norms: a step publishes 20 weights, a checkpoint writes 15 records and then the rest.
-        pytest.param("pcscale.projection.residency:write_tensors", 9, [], id="in the first checkpoint"),
+        pytest.param("pcscale.projection.homes:write_tensors", 9, [], id="in the first checkpoint"),
         pytest.param("pcscale.projection.sweep:_publish", 110, [4], id="in the middle of a sweep"),
-        pytest.param("pcscale.projection.residency:write_tensors", 20, [4], id="in the second checkpoint"),
+        pytest.param("pcscale.projection.homes:write_tensors", 20, [4], id="in the second checkpoint"),
         pytest.param("pcscale.projection.persist:write_tensors", 2, [4], id="after its records"),
         pytest.param("pcscale.checkpoint.manifest:write_json", 2, [4], id="before the manifest"),
         pytest.param("pcscale.training.loop:RunFolder.prune_checkpoints", 3, [4, 8, 10], id="before old ones go"),
