@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,12 @@ def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def run_python(*arguments: str | Path, timeout_seconds: int = 120) -> subprocess.CompletedProcess[str]:
-    """A new interpreter in the repository's root, to its end."""
+def run_python(
+    *arguments: str | Path, environment: dict[str, str] | None = None, timeout_seconds: int = 120
+) -> subprocess.CompletedProcess[str]:
+    """A new interpreter in the repository's root, with these variables beside ours, to its end."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_seconds)
+    everything = {**os.environ, **(environment or {})}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=everything, capture_output=True, text=True, timeout=timeout_seconds
+    )
