@@ -1,5 +1,7 @@
 """The frozen base held in memory: its matrices are read once, and given out from there."""
 
+from collections.abc import Collection
+
 import torch
 
 from pcscale.base.int8 import Int8Base
@@ -15,20 +17,24 @@ class HeldBase:
     Args:
         base: what they are read from, as stored or in 8 bits.
         device: where they are held; the host's memory is pinned where there is a GPU.
+        names: of the matrices to hold; None: all.
 
-    Memory: every matrix of the base, in the precision that it is kept in.
+    Memory: these matrices, in the precision that they are kept in.
     """
 
-    def __init__(self, base: MappedBase | Int8Base, device: torch.device) -> None:
+    collective = False
+
+    def __init__(self, base: MappedBase | Int8Base, device: torch.device, names: Collection[str] | None = None) -> None:
+        names = base.matrix_names if names is None else names
         self.home = "cpu" if device.type == "cpu" else "device"
         self.loss, self.coded_fingerprints = base.loss, base.coded_fingerprints
         if device.type == "cpu":
-            tensors = [tensor for name in base.matrix_names for tensor in base.weight(name).tensors]
+            tensors = [tensor for name in names for tensor in base.weight(name).tensors]
             self._memory = HostBytes(sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors))
             places = Arena(self._memory.bytes)
-            self._weights = {name: _copied(base.weight(name), places) for name in base.matrix_names}
+            self._weights = {name: _copied(base.weight(name), places) for name in names}
         else:
-            self._weights = {name: base.weight(name).to(device) for name in base.matrix_names}
+            self._weights = {name: base.weight(name).to(device) for name in names}
 
     def weight(self, name: str) -> FrozenWeight:
         return self._weights[name]

@@ -48,6 +48,7 @@ class Int8Base:
     """
 
     home = "disk"
+    collective = False
 
     def __init__(self, base: MappedBase, cache: Path, expected: Mapping[str, str] | None = None) -> None:
         require_bitsandbytes("base_precision int8")

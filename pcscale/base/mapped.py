@@ -32,6 +32,7 @@ class MappedBase:
     """
 
     home = "disk"
+    collective = False
 
     def __init__(self, source: BaseFolder, expected: Mapping[str, str] | None = None) -> None:
         self.folder: Path = source.folder

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pcscale.common.console import console
-from pcscale.common.errors import PcscaleError
+from pcscale.common.errors import PcscaleError, SaidElsewhere
 
 _OUTPUT = "Output"
 JsonFlag = Annotated[
@@ -34,6 +34,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail("interrupted", 130)
         except typer.Exit:
             raise
+        except SaidElsewhere as error:
+            raise typer.Exit(error.exit_code) from None
         except Exception as error:
             if arguments.get("debug"):
                 traceback.print_exc()

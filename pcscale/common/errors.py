@@ -28,6 +28,14 @@ class RunError(PcscaleError, RuntimeError):
     exit_code = 1
 
 
+class SaidElsewhere(PcscaleError):
+    """Another process of the run has failed, and says why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the run has failed")
+        self.exit_code = exit_code
+
+
 class Interrupted(PcscaleError):
     """The user asked to stop; a checkpoint was written first where one was due."""
 

@@ -118,17 +118,29 @@ def read_json(path: Path) -> Any:
         raise RequestError(f"{path} is not JSON ({error}). Restore the file.") from None
 
 
+def empty_folder(path: Path) -> None:
+    """Make a folder, in place of what was there."""
+    with said_plainly(path):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Make a whole folder `path`, in place of one that is there."""
+    with said_plainly(path):
+        sync_to_disk(temporary)
+        publish(temporary, path)
+
+
 @contextmanager
 def published_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well and vanishes when it does not."""
     temporary = temporary_beside(path)
     with said_plainly(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        empty_folder(temporary)
         try:
             yield temporary
-            sync_to_disk(temporary)
-            publish(temporary, path)
+            publish_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

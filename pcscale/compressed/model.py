@@ -19,14 +19,15 @@ def build_compressed(
     tensors: dict[str, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
-    gradient_dtype: torch.dtype = torch.float32,
+    gradient_dtype: torch.dtype | None = torch.float32,
 ) -> "PreTrainedModel":
     """The stock model with the given weights, copied to the device.
 
     Args:
         plan: its sizes.
         tensors: every weight by name, in its compressed shape.
-        gradient_dtype: what the gradients of a bfloat16 model accumulate in, where torch can.
+        gradient_dtype: what the gradients of a bfloat16 model accumulate in, where torch can; None: an engine
+            sees to that.
 
     Returns:
         The model in training mode.
@@ -36,7 +37,7 @@ def build_compressed(
     nn.Module.to(model, device)  # Buffers, such as rotary frequencies.
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-        if dtype != torch.float32 and hasattr(parameter, "grad_dtype"):
+        if dtype != torch.float32 and gradient_dtype is not None and hasattr(parameter, "grad_dtype"):
             parameter.grad_dtype = gradient_dtype
     return model.train()
 

@@ -125,9 +125,9 @@ class RunConfig(BaseModel):
     seed: Annotated[Whole, Field(ge=0, lt=2**63)] = Field(default=0, json_schema_extra=_TRAINING)
     """Seed of the data order, of random scores, of stochastic rounding and of the fixed factor of a low rank."""
 
-    base_home: Literal["disk", "cpu", "device"] = Field(default="disk", json_schema_extra=_MEMORY)
+    base_home: Literal["disk", "cpu", "device", "zero"] = Field(default="disk", json_schema_extra=_MEMORY)
     """Where the frozen base lives: `disk` maps its files, `cpu` holds it in host memory (pinned where there is a GPU),
-    `device` beside the model."""
+    `device` beside the model, `zero` parts it among the ranks by DeepSpeed's ZeRO-3 (with `deepspeed`)."""
     base_precision: Literal["stored", "int8"] = Field(default="stored", json_schema_extra=_MEMORY)
     """The precision that training keeps the base's matrices in: `stored`, or `int8`, coded once into a file of the run
     folder; the start is the same, since aux makes up for what 8 bits lose."""
@@ -151,8 +151,8 @@ class RunConfig(BaseModel):
     pinned_memory: Size | None = Field(default=None, json_schema_extra=_MEMORY)
     """Cap on the host memory that residency takes: all records with `cpu`, buffers with `disk`. Absent: what lets
     motion overlap with compute. Units: bytes."""
-    deepspeed: None = Field(default=None, json_schema_extra=_MEMORY)
-    """A DeepSpeed configuration file. Absent: one process without DeepSpeed."""
+    deepspeed: Annotated[str, Field(min_length=1)] | None = Field(default=None, json_schema_extra=_MEMORY)
+    """A DeepSpeed configuration file, as in `deepspeed_configs/`. Absent: one process without DeepSpeed."""
     max_memory: Size = Field(default="2GiB", json_schema_extra=_MEMORY)
     """Cap on the merge's anonymous memory, beside 300 MiB of interpreter. Units: bytes."""
 
@@ -196,6 +196,12 @@ class RunConfig(BaseModel):
             raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
         if self.gradient_dtype == "bfloat16" and not self.bf16:
             raise ValueError("gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32")
+        if self.base_home == "zero" and (self.deepspeed is None or self.base_precision == "int8"):
+            raise ValueError(
+                "base_home zero needs deepspeed, and the base as it is stored: set deepspeed, and base_precision to stored"
+            )
+        if self.deepspeed is not None and self.gradient_home == "cpu":
+            raise ValueError("gradient_home cpu is for one process: with deepspeed, ZeRO's offload moves gradients")
         if self.method == "hard_prune":
             for key in ("base_home", "base_precision", "residency", "record_dtype", "moments", "projection_rank"):
                 if getattr(self, key) != RunConfig.model_fields[key].default:

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pcscale.common.topology import ONE_PROCESS, Topology
 from pcscale.storage.hashing import fingerprint
 
 
@@ -26,16 +27,19 @@ def sequence_order(num_sequences: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_sequences, generator=torch.Generator().manual_seed(mixed))
 
 
-def step_batches(train_NT: Tensor, step: int, sequences_per_step: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """The micro batches of one optimizer step.
+def step_batches(
+    train_NT: Tensor, step: int, sequences_per_step: int, batch_size: int, seed: int, topology: Topology = ONE_PROCESS
+) -> Iterator[Tensor]:
+    """One rank's micro batches of one optimizer step: ranks take them in turn.
 
     The run's k-th sequence is number k mod N of epoch k div N, and step s sees those from (s - 1) × sequences_per_step
-    on. So runs with equal sequences_per_step see the same sequences in the same order, however they are batched.
+    on. So runs with equal sequences_per_step see the same sequences in the same order, however they are batched and on
+    however many ranks.
 
     Args:
         train_NT: token ids, `[N, T]`.
         step: counted from 1.
-        sequences_per_step: micro batch times accumulation.
+        sequences_per_step: micro batch times accumulation times ranks.
         batch_size: B; the last batch is smaller where it does not divide sequences_per_step.
         seed: the run's.
 
@@ -44,7 +48,7 @@ def step_batches(train_NT: Tensor, step: int, sequences_per_step: int, batch_siz
     """
     num_sequences = len(train_NT)
     first, end = (step - 1) * sequences_per_step, step * sequences_per_step
-    for start in range(first, end, batch_size):
+    for start in range(first + topology.rank * batch_size, end, topology.world_size * batch_size):
         rows_B = [
             sequence_order(num_sequences, seed, k // num_sequences)[k % num_sequences]
             for k in range(start, min(start + batch_size, end))

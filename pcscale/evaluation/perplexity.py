@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from pcscale.base.forward import LayerMajorModel
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
+from pcscale.common.topology import ALONE, Group
 from pcscale.compressed.loss import NextTokenLoss
 
 if TYPE_CHECKING:
@@ -74,25 +76,42 @@ def evaluate_base(
 
 
 @torch.no_grad()
-def mean_loss(loss_module: NextTokenLoss, ids_MT: torch.Tensor, batch_size: int, label: str) -> float:
-    """The mean held-out loss of a model that is in memory. Its training mode is left as it was."""
+def mean_loss(
+    loss_module: nn.Module,
+    ids_MT: torch.Tensor,
+    batch_size: int,
+    label: str,
+    device: torch.device,
+    group: Group = ALONE,
+) -> float:
+    """The mean held-out loss of a model that is in memory. Its training mode is left as it was.
+
+    Several ranks share the batches. Each makes equally many calls, since ZeRO-3 gathers weights in them.
+
+    Args:
+        loss_module: a `NextTokenLoss`, or an engine's module around one.
+    """
     was_training = loss_module.training
     loss_module.eval()
-    device = next(loss_module.parameters()).device
+    batches, world_size = ids_MT.split(batch_size), group.topology.world_size
     total = 0.0
     try:
         with console.progress(label, ids_MT.numel(), "tokens") as progress:
-            for ids_BT in ids_MT.split(batch_size):
-                total += loss_module(ids_BT.long().to(device)).item() * len(ids_BT)
-                progress.advance(ids_BT.numel())
+            for first in range(0, len(batches), world_size):
+                position = first + group.topology.rank
+                ids_BT = batches[min(position, len(batches) - 1)]
+                weight = len(ids_BT) if position < len(batches) else 0
+                total += loss_module(ids_BT.long().to(device)).item() * weight
+                progress.advance(sum(batch.numel() for batch in batches[first : first + world_size]))
     finally:
         loss_module.train(was_training)
-    return total / len(ids_MT)
+    return group.sum([total])[0] / len(ids_MT)
 
 
 def evaluate_model(model: "PreTrainedModel", held_out: HeldOut, batch_size: int, label: str) -> Evaluation:
     """The result of a stock model that is in memory."""
     started = time.monotonic()
-    loss = mean_loss(NextTokenLoss(model), held_out.ids_MT, batch_size, label)
+    device = next(model.parameters()).device
+    loss = mean_loss(NextTokenLoss(model), held_out.ids_MT, batch_size, label, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return held_out.result(loss, parameters, time.monotonic() - started)

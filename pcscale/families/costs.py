@@ -40,6 +40,11 @@ def pull_back_flops(base_shape: Shape, shape: Shape, rank: int | None = None, ou
     return 2 * (_apply(O, I, i, rank) + _apply(i, O, o, rank) + gradients)
 
 
+def visit_flops(base_shape: Shape, shape: Shape, rank: int | None = None) -> int:
+    """Operations of a step on one matrix: pulling back and composing anew."""
+    return pull_back_flops(base_shape, shape, rank) + compose_flops(base_shape, shape, rank)
+
+
 def out_side_first(base_shape: Shape, shape: Shape, rank: int | None = None) -> bool:
     """Whether `(p_out @ W) @ p_in` is cheaper than `p_out @ (W @ p_in)`, in FLOPs and in bytes of its temporary.
 

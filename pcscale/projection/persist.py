@@ -17,15 +17,18 @@ _KEPT = "kept."
 UPDATES = "updates"
 
 
-def write_state(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
-    """Write records, norms, biases, moments and kept indices below `folder`.
+def write_records(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
+    """Write the records of this rank below `folder`.
 
     Returns:
         Fingerprints by path below the folder, for the manifest.
     """
-    files = {record_file(name): optimizer.records.save(name, folder / record_file(name)) for name in optimizer.records}
-    files[OUTER_NAME] = write_tensors(folder / OUTER_NAME, _outer_tensors(optimizer))
-    return files
+    return {record_file(name): optimizer.records.save(name, folder / record_file(name)) for name in optimizer.records}
+
+
+def write_outer(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
+    """Write what every rank has: norms, biases, their moments and the kept indices. Returns the file's fingerprint."""
+    return {OUTER_NAME: write_tensors(folder / OUTER_NAME, _outer_tensors(optimizer))}
 
 
 def _outer_tensors(optimizer: ProjectedAdamW) -> dict[str, torch.Tensor]:

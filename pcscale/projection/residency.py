@@ -4,6 +4,7 @@ While one matrix is worked on, a thread fetches the next one and another puts th
 each has a stream of its own, so that copies run beside the products.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,11 @@ class Residency:
     home: Literal["device", "cpu", "disk"] = "device"
     folder: Path | None = None
     pinned_bytes: int | None = None
+
+    def clear(self) -> None:
+        """Remove the files."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 ON_DEVICE = Residency()

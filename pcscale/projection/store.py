@@ -15,6 +15,7 @@ from pcscale.families.plan import PlannedWeight
 from pcscale.importance.select import KeptIndices
 from pcscale.projection.homes import Traffic
 from pcscale.projection.layout import AHEAD, RecordFormat, record_layout
+from pcscale.projection.owners import Round
 from pcscale.projection.record import Kept, MatrixRecord, views_of
 from pcscale.projection.residency import Residency, open_home
 
@@ -25,9 +26,11 @@ class Base(Protocol):
     Attributes:
         home: `disk`, `cpu` or `device`: where its weights come from.
         coded_fingerprints: of the 8-bit codes that its weights come from; empty: they are the stored ones.
+        collective: whether all ranks must ask for a weight together, since each holds a part of it.
     """
 
     home: str
+    collective: bool
     coded_fingerprints: dict[str, str]
 
     def weight(self, name: str) -> FrozenWeight: ...
@@ -48,10 +51,13 @@ class Visit:
 
 
 class RecordStore(Mapping[str, MatrixRecord]):
-    """Records by the name of their matrix, wherever they live. Reading one by name gives a copy of it on the device.
+    """The records of one rank by the name of their matrix, wherever they live. Reading one by name gives a copy of it
+    on the device.
 
     Args:
         matrices: the projected weights.
+        turns: the rounds of a sweep over all of them.
+        rank: whose records these are.
         kept: the kept indices of the start.
         base: where base weights come from.
         device: where visits take place.
@@ -60,6 +66,8 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def __init__(
         self,
         matrices: list[PlannedWeight],
+        turns: list[Round],
+        rank: int,
         form: RecordFormat,
         kept: KeptIndices,
         base: Base,
@@ -68,9 +76,11 @@ class RecordStore(Mapping[str, MatrixRecord]):
     ) -> None:
         self.form = form
         self.traffic = Traffic()
-        self._planned = {planned.name: planned for planned in matrices}
-        self.layouts = {planned.name: record_layout(planned, form) for planned in matrices}
-        self._base, self._device = base, device
+        planned_of = {planned.name: planned for planned in matrices}
+        self._planned = {name: planned_of[name] for turn in turns if (name := turn[rank]) is not None}
+        """In the order of the visits."""
+        self.layouts = {name: record_layout(planned, form) for name, planned in self._planned.items()}
+        self._base, self._rank, self._device = base, rank, device
         self.home = open_home(residency, self.layouts, device, self.traffic)
         self.keep(kept)
 
@@ -94,8 +104,9 @@ class RecordStore(Mapping[str, MatrixRecord]):
         return len(self._planned)
 
     @contextlib.contextmanager
-    def visits(self, names: list[str], change: bool) -> Iterator[Iterator[Visit]]:
-        """Visit these matrices in turn; what a visit changes is the record's when the next one begins.
+    def visits(self, turns: list[Round], change: bool) -> Iterator[Iterator[Visit | None]]:
+        """Visit this rank's matrix of each round, None where it has none; what a visit changes is the record's when the
+        next one begins.
 
         With residency device records are changed in place, also by a visit that fails.
 
@@ -105,19 +116,22 @@ class RecordStore(Mapping[str, MatrixRecord]):
         with (
             ThreadPoolExecutor(1, "fetch") as reader,
             ThreadPoolExecutor(1, "put") as writer,
-            contextlib.closing(self._visit_each(names, change, reader, writer)) as visits,
+            contextlib.closing(self._visit_each(turns, change, reader, writer)) as visits,
         ):
             yield visits
 
     def _visit_each(
-        self, names: list[str], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
-    ) -> Generator[Visit]:
-        coming = deque(reader.submit(self._fetch, name) for name in names[:AHEAD])
+        self, turns: list[Round], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
+    ) -> Generator[Visit | None]:
+        coming = deque(reader.submit(self._fetch, turn) for turn in turns[:AHEAD])
         going: list[Future[None]] = []
         try:
-            for position in range(len(names)):
+            for position in range(len(turns)):
                 visit = coming.popleft().result()
-                coming.extend(reader.submit(self._fetch, name) for name in names[position + AHEAD :][:1])
+                coming.extend(reader.submit(self._fetch, turn) for turn in turns[position + AHEAD :][:1])
+                if visit is None:
+                    yield None
+                    continue
                 changed = False
                 visit.weight.keep_for(self._device)
                 try:
@@ -133,22 +147,35 @@ class RecordStore(Mapping[str, MatrixRecord]):
         finally:
             for fetched in coming:
                 # What was fetched for a visit that is not made.
-                if not fetched.cancel() and fetched.exception() is None:
-                    writer.submit(self._put, fetched.result(), None, False)
+                if not fetched.cancel() and fetched.exception() is None and (visit := fetched.result()) is not None:
+                    writer.submit(self._put, visit, None, False)
 
-    def _fetch(self, name: str) -> Visit:
+    def _fetch(self, turn: Round) -> Visit | None:
+        name = turn[self._rank]
+        if name is None:
+            self._weight(turn)
+            return None
         self._base.prefetch([name])
         buffer = self.home.fetch(name)  # First: room for records bounds how many base weights are under way.
         try:
-            weight = self._weight(name)
+            weight = self._weight(turn)
+            assert weight is not None
         except BaseException:
             self.home.put(name, buffer, False)
             raise
         record = MatrixRecord.of(self._kept[name], views_of(buffer, self.layouts[name]))
         return Visit(self._planned[name], weight, record, buffer)
 
-    def _weight(self, name: str) -> FrozenWeight:
-        weight = self._base.weight(name)
+    def _weight(self, turn: Round) -> FrozenWeight | None:
+        """This rank's base weight of the round; with a collective base the ranks take part in each other's."""
+        name = turn[self._rank]
+        weight = None
+        for other in turn:
+            if other is not None and (other == name or self._base.collective):
+                found = self._base.weight(other)
+                weight = found if other == name else weight
+        if weight is None:
+            return None
         self.traffic.base_read += weight.num_bytes * (self._base.home != "device")
         if self._device.type != "cpu":
             stream = torch.cuda.Stream(self._device)

@@ -21,8 +21,9 @@ from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.importance.select import KeptIndices
 from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
-from pcscale.projection.gradients import Accumulated
+from pcscale.projection.engine import Engine, LocalEngine
 from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, PUBLISHED_FORMAT, RecordFormat, check_rank, row_blocks
+from pcscale.projection.owners import sweep_rounds
 from pcscale.projection.record import Trained, kept_sides
 from pcscale.projection.residency import ON_DEVICE, Residency
 from pcscale.projection.rounding import noise_key
@@ -53,6 +54,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         residency: where records live.
         gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip and clear them with
             `clip_grad_norm_` and `zero_grad` of this optimizer.
+        engine: who holds the model's weights and gradients; None: this process, whole. With several ranks each has the
+            records of the matrices that it owns.
         compute_dtype: of the products, which accumulate in float32; None: the model's on a GPU, float32 elsewhere.
         seed: of stochastic rounding, and of the U of a low rank.
 
@@ -81,36 +84,47 @@ class ProjectedAdamW(torch.optim.Optimizer):
         gradient_home: str = "device",
         compute_dtype: torch.dtype | None = None,
         seed: int = 0,
+        engine: Engine | None = None,
     ) -> None:
         if lr <= 0 or (aux_lr is not None and aux_lr < 0):
             raise RequestError(f"lr is {lr} and aux_lr {aux_lr}: expected a positive lr, and no negative aux_lr.")
-        parameters = dict(model.named_parameters())
+        named = dict(model.named_parameters())
         self.plan, self.base, self.project, self.seed = plan, base, project, seed
         # A copy: a checkpoint that is read brings its own.
         self.kept = {name: indices.clone() for name, indices in kept.items()}
         self.updates = 0
-        self._parameters = {planned.name: _matching_parameter(planned, parameters) for planned in plan.weights}
-        first = next(iter(self._parameters.values()))
-        self.compute_dtype = compute_dtype or (first.dtype if first.is_cuda else torch.float32)
+        parameters = {planned.name: _matching_parameter(planned, named) for planned in plan.weights}
+        self.engine: Engine = engine or LocalEngine(parameters, gradient_home)
+        self.compute_dtype = compute_dtype or (
+            self.engine.dtype if self.engine.device.type == "cuda" else torch.float32
+        )
         projected = [planned for planned in plan.weights if planned.is_matrix and project]
         check_rank(projected, form.rank)
         form = replace(form, aux_start=weight_decay > 0 and bool(base.coded_fingerprints))
+        topology = self.engine.topology
+        self._rounds = sweep_rounds(projected, form.rank, topology.world_size)
         # Records are not `optimizer.state`: torch, Accelerate and the Trainer cast, move and pickle what is there.
-        self.records = RecordStore(projected, form, self.kept, base, residency, first.device)
+        self.records = RecordStore(
+            projected, self._rounds, topology.rank, form, self.kept, base, residency, self.engine.device
+        )
         self._position = {planned.name: position for position, planned in enumerate(projected)}
+        """Of every projected matrix, whoever owns it."""
         for planned in projected:
-            key = noise_key(seed, 0, self._position[planned.name], 0)
-            lost = base.loss(planned.name, *kept_sides(planned, self.kept))
-            self.records.home.create(planned.name, start_values(planned, form, lost, key))
+            if planned.name in self.records:
+                key = noise_key(seed, 0, self._position[planned.name], 0)
+                lost = base.loss(planned.name, *kept_sides(planned, self.kept))
+                self.records.home.create(planned.name, start_values(planned, form, lost, key))
         self.direct: dict[str, Trained] = {}
-        """What is trained without a projection; its value is the parameter itself where that is float32."""
+        """What is trained without a projection, on every rank; its value is the parameter itself where that is whole
+        and float32."""
         groups: dict[str, list[nn.Parameter]] = {"projected": [], "matrices": [], "vectors": []}
+        self._role: dict[str, str] = {}
         for planned in plan.weights:
-            parameter = self._parameters[planned.name]
-            if planned.name not in self.records:
-                self.direct[planned.name] = Trained.starting_at(parameter.detach().float())
-            role = "projected" if planned.name in self.records else "matrices" if planned.is_matrix else "vectors"
-            groups[role].append(parameter)
+            if planned.name not in self._position:
+                self.direct[planned.name] = Trained.starting_at(self.engine.value(planned.name).float())
+            role = "projected" if planned.name in self._position else "matrices" if planned.is_matrix else "vectors"
+            self._role[planned.name] = role
+            groups[role].append(parameters[planned.name])
         decay = {"projected": weight_decay, "matrices": weight_decay, "vectors": 0.0}
         aux_ratio = 1.0 if aux_lr is None else aux_lr / lr
         super().__init__(
@@ -121,15 +135,14 @@ class ProjectedAdamW(torch.optim.Optimizer):
             ],
             {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_ratio},
         )
-        self.gradients = Accumulated(list(self._parameters.values()), gradient_home)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
-        return self.gradients.clip_norm(max_norm)
+        return self.engine.clip_norm(max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self.gradients.clear()
+        self.engine.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -142,25 +155,28 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group_of = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        names = [name for name, parameter in self._parameters.items() if self.gradients.of(parameter) is not None]
-        with tf32_products(), self.records.visits([name for name in names if name in self.records], True) as visits:
-            for visit in visits:
-                self._visit(visit, group_of[id(self._parameters[visit.planned.name])])
-        for name in names:
-            if name in self.direct:
-                parameter = self._parameters[name]
-                gradient, group = self.gradients.of(parameter), group_of[id(parameter)]
-                assert gradient is not None
-                settings = self._settings(group, group["lr"] * group["aux_ratio"])
-                update(self.direct[name], gradient.to(parameter.device, torch.float32), settings)
-                _publish(parameter, self.direct[name].value)
+        reached = set(self.engine.reached())
+        turns = [turn for turn in self._rounds if not reached.isdisjoint(turn)]
+        groups = {group["role"]: group for group in self.param_groups}
+        with tf32_products(), self.records.visits(turns, True) as visits:
+            for turn, visit in zip(turns, visits, strict=True):
+                G_oi = self.engine.fetch(turn)
+                if visit is not None and G_oi is not None:
+                    self._visit(visit, G_oi, groups["projected"])
+                del G_oi
+                self.engine.publish(turn)
+        for name, trained in self.direct.items():
+            if name in reached:
+                group = groups[self._role[name]]
+                gradient = self.engine.gradient(name).to(trained.value.device, torch.float32)
+                update(trained, gradient, self._settings(group, group["lr"] * group["aux_ratio"]))
+                self.engine.replace(name, trained.value)
         self.updates += 1
         return loss
 
-    def _visit(self, visit: Visit, group: dict[str, Any]) -> None:
+    def _visit(self, visit: Visit, G_oi: torch.Tensor, group: dict[str, Any]) -> None:
         name, record = visit.planned.name, visit.record
-        for number, (part, gradient) in enumerate(self._pulled_back(visit)):
+        for number, (part, gradient) in enumerate(self._pulled_back(visit, G_oi)):
             rate = group["lr"] * (group["aux_ratio"] if part == AUX else 1.0)
             settings = self._settings(group, rate, 0.0 if part in _FACTORS else None)
             start = record.aux_start if part == AUX else None
@@ -169,20 +185,18 @@ class ProjectedAdamW(torch.optim.Optimizer):
             del gradient
         self._compose(visit)
 
-    def _pulled_back(self, visit: Visit) -> Iterator[tuple[str, torch.Tensor]]:
+    def _pulled_back(self, visit: Visit, G_oi: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradient of every trainable value by name, each let go before the next is asked for.
 
         Where the out side keeps its size the blocks of rows are independent, and what they give to D_in adds up:
         neither the base weight nor its gradient exists whole in the dtype of the products.
         """
-        record, parameter = visit.record, self._parameters[visit.planned.name]
-        G_oi = self.gradients.of(parameter)
-        assert G_oi is not None
+        record = visit.record
         projection = record.projection(self.compute_dtype)
         totals: list[torch.Tensor] = []
         for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
-            G_bi = G_oi[rows].to(parameter.device, self.compute_dtype)
+            G_bi = G_oi[rows].to(self.engine.device, self.compute_dtype)
             pulled = algebra.pull_back(W_bI, projection, G_bi)
             factors = [*pulled.out, *pulled.in_]
             del W_bI, G_bi, pulled
@@ -195,12 +209,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
         yield AUX, G_oi
 
     def _compose(self, visit: Visit) -> None:
-        parameter = self._parameters[visit.planned.name]
+        place_oi = self.engine.place(visit.planned.name)
         projection = visit.record.projection(self.compute_dtype)
         for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
             part = replace(projection, aux=projection.aux[rows])
-            _publish(parameter[rows], algebra.compose(W_bI, part))
+            place_oi[rows] = algebra.compose(W_bI, part)
 
     def _settings(self, group: dict[str, Any], rate: float, weight_decay: float | None = None) -> AdamW:
         decay = group["weight_decay"] if weight_decay is None else weight_decay
@@ -209,11 +223,13 @@ class ProjectedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def compose_all(self) -> None:
         """Publish every weight from its record: what a resumed run does before its first step."""
-        with tf32_products(), self.records.visits(list(self.records), False) as visits:
-            for visit in visits:
-                self._compose(visit)
+        with tf32_products(), self.records.visits(self._rounds, False) as visits:
+            for turn, visit in zip(self._rounds, visits, strict=True):
+                if visit is not None:
+                    self._compose(visit)
+                self.engine.publish(turn)
         for name, trained in self.direct.items():
-            _publish(self._parameters[name], trained.value)
+            self.engine.replace(name, trained.value)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of updates and the groups' settings; records are written by `pcscale.save_state`."""
@@ -236,16 +252,12 @@ def tf32_products() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _publish(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Make a new weight the model's, rounded to the parameter's dtype."""
-    if value.data_ptr() != parameter.data_ptr():
-        parameter.copy_(value)
-
-
 def _matching_parameter(planned: PlannedWeight, parameters: dict[str, nn.Parameter]) -> nn.Parameter:
     parameter = parameters.get(planned.name)
-    if parameter is None or tuple(parameter.shape) != planned.shape:
-        found = "is absent" if parameter is None else f"has shape {list(parameter.shape)}"
+    # ZeRO-3 empties a parameter and says elsewhere what shape it had.
+    shape = None if parameter is None else tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if parameter is None or shape != planned.shape:
+        found = "is absent" if shape is None else f"has shape {list(shape)}"
         raise RequestError(
             f"the model's {planned.name} {found}, the plan expects {list(planned.shape)}. "
             "Build the model from the same plan."

@@ -30,6 +30,10 @@ FREE_TO_CHANGE = frozenset(
         "report_to",
         "gradient_checkpointing",
         "trust_remote_code",
+        # how a step's sequences are shared out; how many there are stays (state.check_batch)
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "deepspeed",
         # where things live changes no number
         "residency",
         "base_home",

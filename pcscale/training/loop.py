@@ -3,16 +3,20 @@
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.common.errors import Interrupted, RunError
 from pcscale.common.files import said_plainly
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.common.together import together
+from pcscale.common.topology import Group
 from pcscale.config.schema import RunConfig
 from pcscale.data.loader import step_batches
 from pcscale.evaluation.perplexity import mean_loss
@@ -27,16 +31,29 @@ from pcscale.training.trackers import open_trackers
 
 @dataclass
 class Training:
-    """A run under way: what `train` works on."""
+    """A run under way: what `train` works on.
+
+    Attributes:
+        loss_module: what the engine gave to call.
+    """
 
     config: RunConfig
     folder: RunFolder
     base: MappedBase
-    loss_module: NextTokenLoss
+    group: Group
+    loss_module: nn.Module
     optimizer: ProjectedAdamW
     train_NT: torch.Tensor
     validation_MT: torch.Tensor
     state: TrainingState
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.config.sequences_per_step * self.group.topology.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.config.sequence_length
 
 
 def train(training: Training) -> None:
@@ -46,31 +63,50 @@ def train(training: Training) -> None:
         Interrupted: the user asked to stop; a checkpoint was written.
         RunError: too many steps in a row without finite loss or gradients, or a full disk.
     """
-    config, state = training.config, training.state
+    config, state, group = training.config, training.state, training.group
     with (
         StopRequest() as stop,
-        open_trackers(config, training.folder.path) as trackers,
-        said_plainly(training.folder.metrics),
-        training.folder.metrics.open("a", encoding="utf-8") as metrics,
-        console.progress("train", (config.max_steps - state.step) * config.tokens_per_step, "tokens") as progress,
+        _metrics(training) as log,
+        console.progress("train", (config.max_steps - state.step) * training.tokens_per_step, "tokens") as progress,
     ):
         while state.step < config.max_steps:
             row = _take_step(training)
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            trackers.log(row)
-            progress.advance(config.tokens_per_step, _progress_note(row, config))
+            # A full disk under metrics.jsonl is the first rank's, and ends all.
+            together(group, lambda row=row: log(row))
+            progress.advance(training.tokens_per_step, _progress_note(row, config))
             if state.step % config.logging_steps == 0 or "eval_loss" in row:
-                console.say(_describe(row, config))
+                console.say(_describe(row, training))
             _stop_if_hopeless(training)
-            last = state.step == config.max_steps
-            if last or stop.asked or state.step % config.save_steps == 0:
+            last, stopping = state.step == config.max_steps, group.sum([float(stop.asked)])[0] > 0
+            if last or stopping or state.step % config.save_steps == 0:
                 _save(training)
-            if stop.asked:
+            if stopping:
                 raise Interrupted(
                     f"interrupted after step {state.step}; checkpoint written. Go on with: "
                     f"pcscale compress {training.folder.settings} --resume"
                 )
+
+
+@contextmanager
+def _metrics(training: Training) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield what a step's row is given to: metrics.jsonl and the trackers on the first rank, nothing on others."""
+    if not training.group.topology.is_first:
+        yield lambda row: None
+        return
+    path = training.folder.metrics
+    with (
+        open_trackers(training.config, training.folder.path) as trackers,
+        said_plainly(path),
+        path.open("a", encoding="utf-8") as metrics,
+    ):
+
+        def log(row: dict[str, Any]) -> None:
+            with said_plainly(path):
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+            trackers.log(row)
+
+        yield log
 
 
 def _take_step(training: Training) -> dict[str, Any]:
@@ -81,13 +117,18 @@ def _take_step(training: Training) -> dict[str, Any]:
     for group in training.optimizer.param_groups:
         group["lr"] = config.learning_rate * factor
     batches = step_batches(
-        training.train_NT, state.step, config.sequences_per_step, config.per_device_train_batch_size, config.seed
+        training.train_NT,
+        state.step,
+        training.sequences_per_step,
+        config.per_device_train_batch_size,
+        config.seed,
+        training.group.topology,
     )
     moved_before = training.optimizer.records.traffic.total
     result = training_step(
         training.loss_module, training.optimizer, batches, config.gradient_accumulation_steps, config.max_grad_norm
     )
-    state.tokens += config.tokens_per_step
+    state.tokens += training.tokens_per_step
     state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
     state.skipped += result.skipped
     state.loss = None if result.skipped else result.loss
@@ -98,7 +139,7 @@ def _take_step(training: Training) -> dict[str, Any]:
         "learning_rate": config.learning_rate * factor,
         "grad_norm": None if result.skipped else result.grad_norm,
         "seconds": time.monotonic() - started,
-        "moved_bytes": training.optimizer.records.traffic.total - moved_before,
+        "moved_bytes": int(training.group.sum([training.optimizer.records.traffic.total - moved_before])[0]),
     }
     if result.skipped:
         row["skipped"] = True
@@ -109,16 +150,17 @@ def _take_step(training: Training) -> dict[str, Any]:
     return row
 
 
-def evaluate_now(training: Training) -> float:
+def evaluate_now(training: Training, label: str = "evaluate") -> float:
     """The held-out loss of the compressed model as it is."""
-    batch = training.config.per_device_train_batch_size
-    return mean_loss(training.loss_module, training.validation_MT, batch, "evaluate")
+    batch, device = training.config.per_device_train_batch_size, training.optimizer.engine.device
+    return mean_loss(training.loss_module, training.validation_MT, batch, label, device, training.group)
 
 
 def _save(training: Training) -> None:
     folder = training.folder.checkpoint(training.state.step)
-    save_checkpoint(folder, training.state, training.optimizer, training.base, training.config)
-    training.folder.prune_checkpoints(training.config.keep_checkpoints)
+    save_checkpoint(folder, training.state, training.optimizer, training.base, training.config, training.group)
+    if training.group.topology.is_first:
+        training.folder.prune_checkpoints(training.config.keep_checkpoints)
 
 
 def _stop_if_hopeless(training: Training) -> None:
@@ -136,7 +178,8 @@ def _progress_note(row: dict[str, Any], config: RunConfig) -> str:
     return f"step {row['step']}/{config.max_steps} · {loss}"
 
 
-def _describe(row: dict[str, Any], config: RunConfig) -> str:
+def _describe(row: dict[str, Any], training: Training) -> str:
+    config = training.config
     parts = [f"step {row['step']}/{config.max_steps}"]
     parts.append("skipped (not finite)" if row["loss"] is None else f"loss {row['loss']:.4f}")
     if "eval_loss" in row:
@@ -145,5 +188,5 @@ def _describe(row: dict[str, Any], config: RunConfig) -> str:
     parts.append(f"rate {row['learning_rate']:.3g}")
     if row["grad_norm"] is not None:
         parts.append(f"grad norm {row['grad_norm']:.3g}")
-    parts.append(f"{config.tokens_per_step / row['seconds']:.0f} tokens/s")
+    parts.append(f"{training.tokens_per_step / row['seconds']:.0f} tokens/s")
     return " · ".join(parts)

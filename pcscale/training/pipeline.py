@@ -1,5 +1,6 @@
 """The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError
 from pcscale.common.files import read_json, write_json
+from pcscale.common.together import first_alone, together
+from pcscale.common.topology import ALONE, Group
 from pcscale.common.units import format_bytes, format_count, parse_bytes
 from pcscale.compressed.model import load_stock
 from pcscale.config.schema import RunConfig
@@ -31,9 +34,10 @@ from pcscale.projection.residency import check_budget
 from pcscale.reporting.report import write_report
 from pcscale.storage.blockwise import require_bitsandbytes
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
-from pcscale.training.loop import Training, train
+from pcscale.training.loop import Training, evaluate_now, train
+from pcscale.training.processes import processes
 from pcscale.training.setup import Setup, build_training_parts, prepare, residency_of
-from pcscale.training.state import TrainingState, check_checkpoint, check_text, load_checkpoint
+from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
 from pcscale.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -59,14 +63,34 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
         RunError: the run failed.
         Interrupted: the user asked to stop.
     """
+    if dry_run:
+        return _begin(config, resume, dry_run, ALONE).document
+    with processes(config) as group:
+        begun = together(group, lambda: _begin(config, resume, dry_run, group))
+        return _go_on(begun, config, resume)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run whose request was found to be right; nothing has been written yet."""
+
+    setup: Setup
+    tokenizer: "PreTrainedTokenizerBase"
+    document: dict[str, Any]
+    checkpoint: Path | None
+    manifest: Manifest | None
+
+
+def _begin(config: RunConfig, resume: bool, dry_run: bool, group: Group) -> _Begun:
     check_trackers(config)
     folder = RunFolder(Path(config.output).expanduser())
     check_output(folder, config, resume)
     checkpoint = folder.latest_checkpoint()
     manifest = Manifest.read(checkpoint) if checkpoint else None
-    setup = prepare(config, manifest.base_fingerprints if manifest else None)
-    if manifest:
+    setup = prepare(config, manifest.base_fingerprints if manifest else None, group)
+    if checkpoint and manifest:
         check_checkpoint(manifest, setup.plan, config.method, setup.base)
+        check_batch(checkpoint, config, group.topology.world_size)
     tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
     for sources in (config.data.train, config.data.validation or []):
         describe(sources)
@@ -74,26 +98,35 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
     if setup.device.type == "cpu":
         document = on_host_alone(document)
     _check_merge_cap(setup, config)
-    if not dry_run:
+    if not dry_run and group.topology.is_first:
         folder.clear_residency()
     _check_records(setup, config, folder)
-    if dry_run:
-        return document
-    folder = open_run(config, resume)
-    if not checkpoint:
-        folder.clear_results()
-    run = _Run(config, folder, setup, tokenizer)
-    write_json(run.folder.plan, document)
-    _say_plan(document)
-    run.prepare_tokens()
+    return _Begun(setup, tokenizer, document, checkpoint, manifest)
+
+
+def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
+    """Everything after the checks: the first rank writes the run folder; all of them train."""
+    group, checkpoint, manifest = begun.setup.group, begun.checkpoint, begun.manifest
+    folder = first_alone(group, lambda: open_run(config, resume))
+    run = _Run(config, folder, begun.setup, begun.tokenizer)
+
+    def first_results() -> None:
+        if not checkpoint:
+            folder.clear_results()
+        write_json(folder.plan, begun.document)
+        _say_plan(begun.document)
+        run.prepare_tokens()
+
+    first_alone(group, first_results)
+    together(group, run.prepare_tokens)
     if checkpoint:
         check_text(checkpoint, run.tokens.fingerprint)
-    kept = read_kept(checkpoint, manifest) if checkpoint and manifest else run.calibrate()
-    run.evaluate_base()
+    kept = read_kept(checkpoint, manifest) if checkpoint and manifest else first_alone(group, run.calibrate)
+    first_alone(group, run.evaluate_base)
     run.train(kept, checkpoint, manifest)
-    run.merge()
-    run.evaluate_merged()
-    return write_report(run.folder.path)
+    first_alone(group, run.merge)
+    first_alone(group, run.evaluate_merged)
+    return first_alone(group, lambda: write_report(folder.path))
 
 
 def _check_merge_cap(setup: Setup, config: RunConfig) -> None:
@@ -141,7 +174,8 @@ class _Run:
 
     def prepare_tokens(self) -> None:
         config = self.config
-        wanted = max(config.max_steps * config.sequences_per_step, config.calibration_tokens // config.sequence_length)
+        per_step = config.sequences_per_step * self.setup.group.topology.world_size
+        wanted = max(config.max_steps * per_step, config.calibration_tokens // config.sequence_length)
         vocab_size = self.setup.base.config["vocab_size"]
         self.tokens = prepare_tokens(config, self.tokenizer, self.folder.path, wanted, vocab_size)
         console.say(
@@ -180,44 +214,53 @@ class _Run:
         config = self.config
         if manifest and manifest.step >= config.max_steps:
             console.say(f"training is complete at step {manifest.step}")
-            cut_metrics(self.folder.metrics, manifest.step)
+            first_alone(self.setup.group, lambda: cut_metrics(self.folder.metrics, manifest.step))
             return
         try:
             with self._phase("train"):
                 self._train(kept, checkpoint, manifest)
         finally:
             # What is worth keeping of the records, a checkpoint holds.
-            self.folder.clear_residency()
+            residency_of(config, self.folder, self.setup.group.topology.rank).clear()
         release_freed()
 
     def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
         config, setup = self.config, self.setup
         torch.manual_seed(config.seed)
         expected_codes = manifest.coded_fingerprints if manifest else None
-        loss_module, optimizer = build_training_parts(setup, config, kept, self.folder, expected_codes)
-        state = TrainingState(data=self.tokens.fingerprint)
-        if "start" not in self._evaluation():
-            result = evaluate_model(
-                loss_module.model, self.held_out, config.per_device_train_batch_size, "evaluate start"
-            )
-            self._add_evaluation("start", asdict(result))
-            console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
+        group = setup.group
+        loss_module, optimizer = together(
+            group, lambda: build_training_parts(setup, config, kept, self.folder, expected_codes)
+        )
+        per_step = config.sequences_per_step * group.topology.world_size
+        state = TrainingState(data=self.tokens.fingerprint, sequences_per_step=per_step)
         if checkpoint and manifest:
             state = load_checkpoint(checkpoint, manifest, optimizer)
             console.say(f"resuming at step {state.step}")
-        cut_metrics(self.folder.metrics, state.step)
-        train(
-            Training(
-                config=config,
-                folder=self.folder,
-                base=setup.base,
-                loss_module=loss_module,
-                optimizer=optimizer,
-                train_NT=self.tokens.train_NT,
-                validation_MT=self.tokens.validation_MT,
-                state=state,
-            )
+        training = Training(
+            config=config,
+            folder=self.folder,
+            base=setup.base,
+            group=group,
+            loss_module=optimizer.engine.start(loss_module),
+            optimizer=optimizer,
+            train_NT=self.tokens.train_NT,
+            validation_MT=self.tokens.validation_MT,
+            state=state,
         )
+        if not checkpoint and "start" not in self._evaluation():
+            self._evaluate_start(training)
+        if group.topology.is_first:
+            cut_metrics(self.folder.metrics, state.step)
+        train(training)
+
+    def _evaluate_start(self, training: Training) -> None:
+        started = time.monotonic()
+        loss = evaluate_now(training, "evaluate start")
+        result = self.held_out.result(loss, self.setup.plan.parameters, time.monotonic() - started)
+        if training.group.topology.is_first:
+            self._add_evaluation("start", asdict(result))
+        console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
 
     def merge(self) -> None:
         config = self.config
@@ -273,7 +316,8 @@ class _Run:
                 yield
         finally:
             phases = {name: asdict(usage) for name, usage in self.usage.items()}
-            write_json(self.folder.usage, {"phases": phases, "machine": machine()})
+            if self.setup.group.topology.is_first:
+                write_json(self.folder.usage, {"phases": phases, "machine": machine()})
 
 
 def calibration_batches(train_NT: torch.Tensor, config: RunConfig) -> list[torch.Tensor]:

@@ -1,21 +1,28 @@
 """From settings to the things that a run works on: base, plan, device, start, optimizer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from pcscale.base.held import HeldBase
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder, resolve_base
+from pcscale.common.console import console
+from pcscale.common.topology import ALONE, Group
 from pcscale.common.units import parse_bytes
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.config.schema import RunConfig
+from pcscale.distributed.settings import read_engine_settings, without_replicated_bf16
 from pcscale.families.plan import Plan
 from pcscale.families.widths import make_plan
 from pcscale.importance.select import KeptIndices
+from pcscale.projection.engine import Engine
 from pcscale.projection.layout import RecordFormat
+from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
 from pcscale.projection.starts import selection_start
 from pcscale.projection.sweep import ProjectedAdamW
@@ -27,7 +34,8 @@ class Setup:
     """A run's base and plan, and where and in what precision it computes.
 
     Attributes:
-        device: the first GPU, or the host's processor.
+        group: the processes of the run.
+        device: this rank's GPU, or the host's processor.
         base_dtype: what the base's own forward runs in.
         model_dtype: what the compressed model is held and run in.
     """
@@ -35,12 +43,13 @@ class Setup:
     source: BaseFolder
     base: MappedBase
     plan: Plan
+    group: Group
     device: torch.device
     base_dtype: torch.dtype
     model_dtype: torch.dtype
 
 
-def prepare(config: RunConfig, expected: dict[str, str] | None = None) -> Setup:
+def prepare(config: RunConfig, expected: dict[str, str] | None = None, group: Group = ALONE) -> Setup:
     """Open the base and plan the compression; nothing is written and no weight is read.
 
     Args:
@@ -53,7 +62,8 @@ def prepare(config: RunConfig, expected: dict[str, str] | None = None) -> Setup:
         source=source,
         base=base,
         plan=make_plan(base.family, base.config, config),
-        device=torch.device("cuda" if on_gpu else "cpu"),
+        group=group,
+        device=torch.device("cuda", group.topology.local_rank) if on_gpu else torch.device("cpu"),
         # Without a GPU bfloat16 saves no time in the base's forward.
         base_dtype=torch.bfloat16 if on_gpu and config.bf16 else torch.float32,
         model_dtype=torch.bfloat16 if config.bf16 else torch.float32,
@@ -72,8 +82,11 @@ def build_training_parts(
         BudgetError, RunError: pinned_memory or the disk is too small.
     """
     start = selection_start(setup.plan, kept, setup.base.tensor)
-    gradient_dtype = getattr(torch, config.gradient_dtype)
-    model = build_compressed(setup.plan, start, setup.device, setup.model_dtype, gradient_dtype)
+    with_engine = config.deepspeed is not None
+    # DeepSpeed accumulates gradients itself, and puts the model where its ZeRO stage says.
+    gradient_dtype = None if with_engine else getattr(torch, config.gradient_dtype)
+    device = torch.device("cpu") if with_engine else setup.device
+    model = build_compressed(setup.plan, start, device, setup.model_dtype, gradient_dtype)
     del start
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it.
@@ -91,16 +104,33 @@ def build_training_parts(
         weight_decay=config.weight_decay,
         project=config.method == "projected",
         form=RecordFormat(config.record_dtype, config.moments, config.rank),
-        residency=residency_of(config, folder),
+        residency=residency_of(config, folder, setup.group.topology.rank),
         gradient_home=config.gradient_home,
         seed=config.seed,
+        engine=_engine(setup, config, model),
     )
     return NextTokenLoss(model), optimizer
 
 
-def residency_of(config: RunConfig, folder: RunFolder) -> Residency:
+def residency_of(config: RunConfig, folder: RunFolder, rank: int = 0) -> Residency:
     pinned_bytes = None if config.pinned_memory is None else parse_bytes(config.pinned_memory)
-    return Residency(config.residency, folder.residency, pinned_bytes)
+    return Residency(config.residency, folder.residency / f"rank-{rank}", pinned_bytes)
+
+
+def _engine(setup: Setup, config: RunConfig, model: nn.Module) -> Engine | None:
+    """What holds the model where run.yaml names a DeepSpeed file."""
+    if config.deepspeed is None:
+        return None
+    from pcscale.distributed.engine import DeepSpeedEngine
+    from pcscale.distributed.group import ProcessGroup
+
+    assert isinstance(setup.group, ProcessGroup)
+    settings, changed = without_replicated_bf16(
+        read_engine_settings(Path(config.deepspeed), config, setup.group.topology.world_size)
+    )
+    if changed:
+        console.say("deepspeed: bf16 at ZeRO stage 0 runs as stage 1, which keeps the weights that pcscale sets")
+    return DeepSpeedEngine(model, settings, setup.group)
 
 
 def _frozen_base(
@@ -112,4 +142,5 @@ def _frozen_base(
         base = Int8Base(base, folder.base_cache, expected_codes)
     if config.base_home == "disk":
         return base
-    return HeldBase(base, setup.device if config.base_home == "device" else torch.device("cpu"))
+    owned = owned_matrices(list(setup.plan.matrices), config.rank, setup.group.topology)
+    return HeldBase(base, setup.device if config.base_home == "device" else torch.device("cpu"), owned)

@@ -1,6 +1,7 @@
 """Everything that the next step depends on, as a checkpoint, and back."""
 
 import base64
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import torch
 from pcscale.base.mapped import MappedBase
 from pcscale.checkpoint.manifest import TRAINER_NAME, Manifest
 from pcscale.common.errors import RequestError
-from pcscale.common.files import published_folder, read_json, write_json
+from pcscale.common.files import empty_folder, publish_folder, read_json, temporary_beside, write_json
+from pcscale.common.together import together
+from pcscale.common.topology import ALONE, Group
 from pcscale.config.schema import RunConfig
 from pcscale.families.plan import Plan
-from pcscale.projection.persist import read_state, write_state
+from pcscale.projection.persist import read_state, write_outer, write_records
 from pcscale.projection.sweep import ProjectedAdamW
 
 
@@ -27,6 +30,7 @@ class TrainingState:
         skipped_in_row, skipped: steps without an update, just now and in all.
         loss, eval_loss: the last known ones; None before the first.
         data: fingerprint of the token sets.
+        sequences_per_step: what a step sees, over all ranks.
     """
 
     step: int = 0
@@ -36,28 +40,45 @@ class TrainingState:
     loss: float | None = None
     eval_loss: float | None = None
     data: str = ""
+    sequences_per_step: int = 0
 
 
 def save_checkpoint(
-    folder: Path, state: TrainingState, optimizer: ProjectedAdamW, base: MappedBase, config: RunConfig
+    folder: Path,
+    state: TrainingState,
+    optimizer: ProjectedAdamW,
+    base: MappedBase,
+    config: RunConfig,
+    group: Group = ALONE,
 ) -> None:
     """Write a checkpoint of a run: visible only when it is whole, without any base weight."""
     trainer = asdict(state) | {"rng": _random_states(), "settings": config.model_dump(mode="json")}
-    save_state(folder, state.step, optimizer, base, trainer)
+    save_state(folder, state.step, optimizer, base, trainer, group)
 
 
 def save_state(
-    folder: Path, step: int, optimizer: ProjectedAdamW, base: MappedBase, trainer: dict[str, Any] | None = None
+    folder: Path,
+    step: int,
+    optimizer: ProjectedAdamW,
+    base: MappedBase,
+    trainer: dict[str, Any] | None = None,
+    group: Group = ALONE,
 ) -> None:
     """Write what can be merged, and resumed in a loop of one's own: records, manifest, and `trainer` as trainer.json.
 
     Args:
         folder: the checkpoint's; one that is there is replaced.
+        group: the ranks that save it together, each the records that it owns; they share the folder's file system.
+
+    Raises:
+        RunError: the disk is full, here or on another rank; nothing was replaced.
     """
-    plan = optimizer.plan
-    with published_folder(folder) as temporary:
+    temporary, first = temporary_beside(folder), group.topology.is_first
+
+    def finish(records: list[dict[str, str]]) -> None:
         if trainer is not None:
             write_json(temporary / TRAINER_NAME, trainer)
+        plan = optimizer.plan
         manifest = Manifest(
             step=step,
             method="projected" if optimizer.project else "hard_prune",
@@ -67,11 +88,22 @@ def save_state(
             base_fingerprints=base.check_all(),
             hidden_size=plan.hidden_size,
             intermediate_size=plan.intermediate_size,
-            files=write_state(optimizer, temporary),
+            files={path: found for files in records for path, found in files.items()}
+            | write_outer(optimizer, temporary),
             projection_rank=optimizer.records.form.rank,
             coded_fingerprints=optimizer.base.coded_fingerprints,
         )
         manifest.write(temporary)
+        publish_folder(temporary, folder)
+
+    try:
+        together(group, lambda: empty_folder(temporary) if first else None)
+        records = group.gather(together(group, lambda: write_records(optimizer, temporary)))
+        together(group, lambda: finish(records) if first else None)
+    except BaseException:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def load_state(folder: Path, optimizer: ProjectedAdamW, base: MappedBase) -> Manifest:
@@ -118,6 +150,19 @@ def check_text(folder: Path, found: str) -> None:
         )
 
 
+def check_batch(folder: Path, config: RunConfig, world_size: int) -> None:
+    """Refuse to go on where a step would see more or fewer sequences than it did."""
+    trainer = read_json(folder / TRAINER_NAME)
+    before = trainer.get("sequences_per_step") if isinstance(trainer, dict) else None
+    now = config.sequences_per_step * world_size
+    if before not in (None, 0, now):
+        raise RequestError(
+            f"a step would see {now} sequences ({config.per_device_train_batch_size} × "
+            f"{config.gradient_accumulation_steps} on {world_size} processes), the run began with {before}. "
+            "Set gradient_accumulation_steps so that the product is the same."
+        )
+
+
 def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW) -> TrainingState:
     """Put a checkpoint's state into the optimizer and its model.
 
@@ -126,7 +171,8 @@ def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW)
     """
     trainer: dict[str, Any] = read_json(folder / TRAINER_NAME)
     try:
-        state = TrainingState(**{key: trainer[key] for key in asdict(TrainingState())})
+        values: dict[str, Any] = {"sequences_per_step": 0} | trainer  # Which older checkpoints lack.
+        state = TrainingState(**{key: values[key] for key in asdict(TrainingState())})
         random_states = trainer["rng"]
     except (KeyError, TypeError) as error:
         raise RequestError(f"{folder / TRAINER_NAME} lacks {error}: the file was changed.") from None

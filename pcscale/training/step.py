@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from pcscale.compressed.loss import NextTokenLoss
 from pcscale.projection.sweep import ProjectedAdamW
 
 
@@ -26,27 +26,28 @@ class StepResult:
 
 
 def training_step(
-    loss_module: NextTokenLoss,
+    loss_module: nn.Module,
     optimizer: ProjectedAdamW,
     micro_batches: Iterable[torch.Tensor],
     accumulation: int,
     max_grad_norm: float,
 ) -> StepResult:
-    """Train on one batch.
+    """Train on one batch, with several ranks on each one's part of it.
 
     Args:
         micro_batches: token ids `[B, T]`, equally large.
         accumulation: how many there are.
     """
-    device = next(loss_module.parameters()).device
-    total = torch.zeros((), device=device)
+    engine = optimizer.engine
+    total = torch.zeros((), device=engine.device)
     for ids_BT in micro_batches:
-        loss = loss_module(ids_BT.to(device)) / accumulation
-        loss.backward()
-        total += loss.detach()
+        loss = loss_module(ids_BT.to(engine.device))
+        engine.backward(loss, accumulation)
+        total += loss.detach() / accumulation
+    mean = engine.mean(total)
     grad_norm = optimizer.clip_grad_norm_(max_grad_norm)
-    skipped = not (math.isfinite(total.item()) and math.isfinite(grad_norm.item()))
+    skipped = not (math.isfinite(mean) and math.isfinite(grad_norm.item()))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total.item(), grad_norm.item(), skipped)
+    return StepResult(mean, grad_norm.item(), skipped)

@@ -27,7 +27,7 @@ class ProjectionCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raises: RequestError: the Trainer has more than one process or DeepSpeed, or gradients are on the host."""
-        if self.optimizer.gradients.home != "device":
+        if self.optimizer.engine.gradients_on != "device":
             raise RequestError(
                 "the Trainer clips and clears `parameter.grad` itself, which gradient_home cpu takes away. "
                 "Leave gradient_home at device."

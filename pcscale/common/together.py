@@ -1,0 +1,41 @@
+"""Work that ranks share: done by one for all, or by each with everybody's errors known to all."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from pcscale.common.errors import PcscaleError, SaidElsewhere
+from pcscale.common.topology import Group
+
+Result = TypeVar("Result")
+
+
+def first_alone(group: Group, work: Callable[[], Result]) -> Result:
+    """Do the work on the first rank while the others wait; every rank gets its result.
+
+    Raises:
+        SaidElsewhere: on every other rank, where the work failed on the first.
+    """
+    return group.gather(together(group, work if group.topology.is_first else lambda: None))[0]  # pyright: ignore[reportReturnType]
+
+
+def together(group: Group, work: Callable[[], Result]) -> Result:
+    """Do the work on every rank, and go on only if it succeeded on all.
+
+    Raises:
+        SaidElsewhere: another rank failed, and says why; of several ranks that fail the first one does.
+    """
+    if group.topology.world_size == 1:
+        return work()
+    result, failed = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failed = error
+    codes = group.gather(None if failed is None else getattr(failed, "exit_code", PcscaleError.exit_code))
+    first = next((rank for rank, code in enumerate(codes) if code is not None), None)
+    if first is None:
+        return result  # pyright: ignore[reportReturnType]
+    if first == group.topology.rank:
+        assert failed is not None
+        raise failed
+    raise SaidElsewhere(codes[first])

@@ -1,0 +1,162 @@
+"""The compressed model under DeepSpeed: replicated, partitioned or offloaded, and still one sweep per step.
+
+DeepSpeed runs forward and backward, reduces gradients and keeps the weights as its ZeRO stage says. Its optimizer does
+nothing: it lists the parameters, so that ZeRO partitions them. pcscale takes each gradient whole on its owner, and
+publishes the new weight before `engine.step()`, which makes it the model's.
+
+At stage 0 every rank has every gradient after the backward pass, so that a step moves one reduction and one broadcast.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_local_grad, safe_set_full_fp32_param
+from torch import nn
+
+from pcscale.distributed.group import ProcessGroup
+from pcscale.distributed.settings import zero_stage
+from pcscale.projection.owners import Round
+
+
+class _Listing(torch.optim.Optimizer):
+    """An optimizer without state whose step does nothing."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+
+class DeepSpeedEngine:
+    """An `Engine` (projection/engine.py) whose weights and gradients DeepSpeed keeps.
+
+    Until `start` the model is whole on every rank: a resumed run publishes its weights into it before DeepSpeed takes
+    it apart.
+
+    Args:
+        model: the compressed model.
+        settings: of DeepSpeed, filled in (settings.py).
+    """
+
+    gradients_on = "engine"
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any], group: ProcessGroup) -> None:
+        self.topology, self.device = group.topology, group.device
+        self._group, self._settings, self._stage = group, settings, zero_stage(settings)
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        self.dtype = next(iter(self._parameters.values())).dtype
+        self._engine: Any = None
+        self._scale = 1.0
+        self._placed: dict[str, torch.Tensor] = {}
+        self._sent: list[Any] = []
+
+    def start(self, loss_module: nn.Module) -> nn.Module:
+        listing = _Listing(list(self._parameters.values()))
+        self._engine, *_ = deepspeed.initialize(model=loss_module, optimizer=listing, config=self._settings)
+        return self._engine
+
+    @property
+    def _whole(self) -> bool:
+        """Whether every rank has every weight and its gradient in `parameter` itself."""
+        return self._engine is None or self._stage == 0
+
+    def backward(self, loss: torch.Tensor, accumulation: int) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # Which only counts the micro batch.
+
+    def mean(self, value: torch.Tensor) -> float:
+        return self._group.sum([value.item()])[0] / self.topology.world_size
+
+    def value(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        if self._whole:
+            return parameter.detach()
+        value = safe_get_full_fp32_param(parameter)
+        assert value is not None
+        return value.view(self._shapes[name])
+
+    def reached(self) -> list[str]:
+        return list(self._parameters)
+
+    def clip_norm(self, max_norm: float) -> torch.Tensor:
+        squares = [
+            torch.linalg.vector_norm(self._local_gradient(parameter), dtype=torch.float32).double().cpu() ** 2
+            for parameter in self._parameters.values()
+        ]
+        square = torch.stack(squares).sum().item()
+        norm = (square if self._stage == 0 else self._group.sum([square])[0]) ** 0.5
+        self._scale = min(1.0, max_norm / (norm + 1e-6))
+        return torch.tensor(norm)
+
+    def fetch(self, turn: Round) -> torch.Tensor | None:
+        """Raises: RuntimeError: another rank is gone."""
+        mine = None
+        for rank, name in enumerate(turn):
+            if name is not None and (rank == self.topology.rank or not self._whole):
+                gradient = self._full_gradient(name)
+                mine = gradient if rank == self.topology.rank else mine
+        return mine
+
+    def gradient(self, name: str) -> torch.Tensor:
+        return self._full_gradient(name)
+
+    def place(self, name: str) -> torch.Tensor:
+        if self._whole:
+            return self._parameters[name].detach()
+        return self._buffer(name)
+
+    def publish(self, turn: Round) -> None:
+        for rank, name in enumerate(turn):
+            if name is not None:
+                self._publish_from(rank, name)
+
+    def replace(self, name: str, value: torch.Tensor) -> None:
+        if self._whole:
+            parameter = self._parameters[name].detach()
+            if value.data_ptr() != parameter.data_ptr():
+                parameter.copy_(value)
+        else:
+            safe_set_full_fp32_param(self._parameters[name], value.float())
+
+    def clear(self) -> None:
+        self._engine.step()
+        self._scale = 1.0
+
+    def _publish_from(self, rank: int, name: str) -> None:
+        placed = self._parameters[name].detach() if self._whole else self._placed.pop(name, None)
+        if placed is None:
+            placed = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
+        if self.topology.world_size > 1:
+            dist.broadcast(placed, src=rank)
+        if not self._whole:
+            safe_set_full_fp32_param(self._parameters[name], placed.float())
+
+    def _buffer(self, name: str) -> torch.Tensor:
+        self._placed[name] = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
+        return self._placed[name]
+
+    def _full_gradient(self, name: str) -> torch.Tensor:
+        gradient = safe_get_full_grad(self._parameters[name])
+        assert gradient is not None
+        return gradient.view(self._shapes[name]) * self._scale
+
+    def _local_gradient(self, parameter: Any) -> torch.Tensor:
+        """This rank's part of the reduced gradient, flat; at stage 0 all of it."""
+        if self._stage == 0:
+            return parameter.grad.view(-1)
+        if self._stage == 3:
+            partition = safe_get_local_grad(parameter).view(-1)
+            # The last partition is padded.
+            left = parameter.ds_numel - self.topology.rank * partition.numel()
+            return partition[: max(0, left)]
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return torch.zeros(1)
+        fragment = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+        address = mapping.lp_fragment_address
+        return fragment[address.start :][: address.numel] if fragment.numel() == parameter.numel() else fragment

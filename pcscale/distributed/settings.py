@@ -1,0 +1,95 @@
+"""A DeepSpeed file beside run.yaml: what run.yaml decides is filled in, what contradicts it is refused."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pcscale.common.errors import RequestError
+from pcscale.common.files import read_json
+from pcscale.config.schema import RunConfig
+
+AUTO = "auto"
+_OURS = {
+    "optimizer": "pcscale is the optimizer",
+    "scheduler": "pcscale sets the rates",
+    "fp16": "pcscale runs in float32 or bfloat16",
+}
+
+
+def read_engine_settings(path: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The settings that DeepSpeed is started with.
+
+    Args:
+        path: the file that run.yaml's `deepspeed` names.
+        world_size: how many ranks share a step.
+
+    Raises:
+        RequestError: the file says something else than run.yaml, or brings what pcscale brings itself.
+    """
+    if not path.is_file():
+        raise RequestError(f"deepspeed: {path} does not exist. Name a file of deepspeed_configs/.")
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise RequestError(f"{path} holds no settings: expected one JSON object.")
+    for key, reason in _OURS.items():
+        if settings.get(key) and not (isinstance(settings[key], dict) and settings[key].get("enabled") is False):
+            raise RequestError(f"{path}: {key} has no place here: {reason}. Remove it.")
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    decided: dict[tuple[str, ...], tuple[Any, str]] = {
+        ("train_micro_batch_size_per_gpu",): (micro, "per_device_train_batch_size"),
+        ("gradient_accumulation_steps",): (accumulation, "gradient_accumulation_steps"),
+        ("train_batch_size",): (micro * accumulation * world_size, "the batch of a step, over all ranks,"),
+        ("gradient_clipping",): (config.max_grad_norm, "max_grad_norm"),
+        ("bf16", "enabled"): (config.bf16, "bf16"),
+        ("data_types", "grad_accum_dtype"): (
+            "bf16" if config.gradient_dtype == "bfloat16" else "fp32",
+            "gradient_dtype",
+        ),
+    }
+    filled = deepcopy(settings)
+    for keys, (value, name) in decided.items():
+        found = _look_up(settings, keys)
+        if found not in (None, AUTO, value):
+            raise RequestError(
+                f"{path}: {'.'.join(keys)} is {found!r}, run.yaml has {name} {value!r}. "
+                f'Remove it from the file, or set it to "{AUTO}".'
+            )
+        _put(filled, keys, value)
+    stage = zero_stage(filled)
+    if stage not in (0, 1, 2, 3):
+        raise RequestError(f"{path}: zero_optimization.stage is {stage!r}: expected 0, 1, 2 or 3.")
+    filled |= {
+        # pcscale clips each gradient when it is fetched: DeepSpeed clips too late for that, inside its step.
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+    }
+    return filled
+
+
+def zero_stage(settings: dict[str, Any]) -> Any:
+    return settings.get("zero_optimization", {}).get("stage", 0)
+
+
+def without_replicated_bf16(settings: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The same settings where bfloat16 at stage 0 has become stage 1, and whether that was so.
+
+    At stage 0 DeepSpeed keeps float32 copies that overwrite a weight which somebody else has set.
+    """
+    if settings["bf16"]["enabled"] and zero_stage(settings) == 0:
+        return settings | {"zero_optimization": settings.get("zero_optimization", {}) | {"stage": 1}}, True
+    return settings, False
+
+
+def _look_up(settings: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
+
+
+def _put(settings: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    *path, last = keys
+    for key in path:
+        settings = settings.setdefault(key, {})
+    settings[last] = value

@@ -1,0 +1,50 @@
+"""Who owns which projected matrix: a pure function of costs and the number of ranks.
+
+An owner alone holds a matrix's base weight, record and moments, gets its reduced gradient and publishes its new weight.
+The sweep goes in rounds of one matrix per owner, so that all ranks fetch, compute and publish at the same time.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from pcscale.common.topology import Topology
+from pcscale.families.costs import visit_flops
+from pcscale.families.plan import PlannedWeight
+
+Round = tuple[str | None, ...]
+"""By rank, the matrix that it works on; None: it has none left."""
+
+
+def sweep_rounds(matrices: Sequence[PlannedWeight], rank: int | None, world_size: int) -> list[Round]:
+    """The rounds of a sweep over these matrices.
+
+    Args:
+        rank: of D, which decides what a visit costs; None: whole.
+    """
+    return rounds({planned.name: visit_flops(*planned.shapes, rank) for planned in matrices}, world_size)
+
+
+def owned_matrices(matrices: Sequence[PlannedWeight], rank: int | None, topology: Topology) -> list[str]:
+    """The matrices that a process owns, in the order of its visits."""
+    turns = sweep_rounds(matrices, rank, topology.world_size)
+    return [name for turn in turns if (name := turn[topology.rank]) is not None]
+
+
+def rounds(costs: Mapping[str, int], world_size: int) -> list[Round]:
+    """The rounds of a sweep over all matrices.
+
+    With several ranks the costly ones go first, each to the rank that has least to do: a round's matrices take about
+    equally long, and so do the ranks' sums. One rank keeps the order.
+
+    Args:
+        costs: of a visit to each matrix, in any unit.
+    """
+    if world_size == 1:
+        return [(name,) for name in costs]
+    owned: list[list[str]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        least = loads.index(min(loads))
+        owned[least].append(name)
+        loads[least] += costs[name]
+    last = max(map(len, owned))
+    return [tuple(names[k] if k < len(names) else None for names in owned) for k in range(last)]
