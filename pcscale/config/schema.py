@@ -197,9 +197,7 @@ class RunConfig(BaseModel):
         if self.gradient_dtype == "bfloat16" and not self.bf16:
             raise ValueError("gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32")
         if self.base_home == "zero" and (self.deepspeed is None or self.base_precision == "int8"):
-            raise ValueError(
-                "base_home zero needs deepspeed, and the base as it is stored: set deepspeed, and base_precision to stored"
-            )
+            raise ValueError("base_home zero keeps the base as it is stored: set deepspeed, and no base_precision")
         if self.deepspeed is not None and self.gradient_home == "cpu":
             raise ValueError("gradient_home cpu is for one process: with deepspeed, ZeRO's offload moves gradients")
         if self.method == "hard_prune":

@@ -28,7 +28,9 @@ class ProcessGroup:
         if not dist.is_initialized():
             deepspeed.init_distributed(timeout=_PATIENCE, verbose=False)
         self.topology = Topology(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
-        self.device = torch.device(get_accelerator().device_name(self.topology.local_rank))
+        accelerator = get_accelerator()
+        assert accelerator is not None
+        self.device = torch.device(accelerator.device_name(self.topology.local_rank))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
