@@ -58,6 +58,14 @@ def test_a_held_base_gives_the_weights_of_its_base(base: MappedBase | Int8Base) 
         assert held.weight(name).num_bytes == base.weight(name).num_bytes
 
 
+def test_only_those_that_were_named_are_held(base: MappedBase | Int8Base) -> None:
+    names = base.matrix_names[1::2]
+    held = HeldBase(base, CPU, names)
+    assert_same(as_kept(held, names), as_kept(base, names))
+    with pytest.raises(KeyError, match=base.matrix_names[0]):
+        held.weight(base.matrix_names[0])
+
+
 def test_it_needs_no_file_afterwards(
     base: MappedBase | Int8Base, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

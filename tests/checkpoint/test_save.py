@@ -150,20 +150,21 @@ def test_a_read_state_is_the_one_that_was_written(run: TrainedRun, tmp_path: Pat
         assert not torch.equal(before[name], weight), name
 
 
+@pytest.mark.parametrize("part", ["write_records", "write_outer"])
 @pytest.mark.parametrize("old", [True, False], ids=["over an old one", "where there was none"])
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint_or_none(
-    old: bool, run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    old: bool, part: str, run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_state = state.write_state
+    write = getattr(state, part)
 
     def full(*arguments: Any) -> None:
-        write_state(*arguments)
+        write(*arguments)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if old:
         _save_again(run, tmp_path / "step", trainer={"old": True})
     before = file_bytes(tmp_path)
-    monkeypatch.setattr(state, "write_state", full)
+    monkeypatch.setattr(state, part, full)
     with pytest.raises(RunError, match=r"step: the disk is full\. Nothing was replaced; free space and run again\."):
         _save_again(run, tmp_path / "step", trainer={"old": False})
     assert file_bytes(tmp_path) == before

@@ -121,15 +121,21 @@ OF_RECORDS = [
     "projection_rank: 16",
 ]
 """What the projected method alone may have otherwise than by default."""
+BASE_IN_PARTS = "base_home zero keeps the base as it is stored: set deepspeed, and no base_precision."
 NO_RECORDS = "has no meaning with method hard_prune, which has no records: remove it."
 
 
-@pytest.mark.parametrize("line", [*OF_RECORDS, "gradient_home: cpu", "pinned_memory: 2GiB"])
+@pytest.mark.parametrize("line", [*OF_RECORDS, "gradient_home: cpu", "pinned_memory: 2GiB", "deepspeed: zero3.json"])
 def test_where_and_how_things_are_kept_is_a_choice(line: str, tmp_path: Path) -> None:
     config = load(tmp_path, line + "\n")
     [(key, value)] = yaml.safe_load(line).items()
     assert getattr(config, key) == value != RunConfig.model_fields[key].default
     assert load(tmp_path, "", line.replace(": ", "=")) == config
+
+
+def test_a_base_in_parts_is_a_choice_with_deepspeed(tmp_path: Path) -> None:
+    config = load(tmp_path, "base_home: zero\ndeepspeed: zero3.json\n")
+    assert (config.base_home, config.deepspeed) == ("zero", "zero3.json")
 
 
 @pytest.mark.parametrize("line", ["gradient_home: cpu", "gradient_dtype: bfloat16\nbf16: true"])
@@ -162,6 +168,12 @@ def test_a_rank_is_full_or_a_number(rank: str, number: int | None, tmp_path: Pat
         (
             "gradient_dtype: bfloat16",
             "gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32.",
+        ),
+        ("base_home: zero", BASE_IN_PARTS),
+        ("base_home: zero\ndeepspeed: zero3.json\nbase_precision: int8", BASE_IN_PARTS),
+        (
+            "deepspeed: zero3.json\ngradient_home: cpu",
+            "gradient_home cpu is for one process: with deepspeed, ZeRO's offload moves gradients.",
         ),
         *((f"method: hard_prune\n{line}", f"{line.partition(':')[0]} {NO_RECORDS}") for line in OF_RECORDS),
     ],

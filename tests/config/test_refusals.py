@@ -63,7 +63,7 @@ def test_an_unknown_key_is_named_before_the_missing_one_it_was_meant_for(tmp_pat
         ("data: text.txt", "data is 'text.txt': input should be a valid dictionary"),
         ("method: prune", "method is 'prune': this version takes only 'projected' or 'hard_prune'."),
         ("start: random", "start is 'random': this version takes only 'selection'."),
-        ("base_home: gpu", "base_home is 'gpu': this version takes only 'disk', 'cpu' or 'device'."),
+        ("base_home: gpu", "base_home is 'gpu': this version takes only 'disk', 'cpu', 'device' or 'zero'."),
         ("base_precision: int4", "base_precision is 'int4': this version takes only 'stored' or 'int8'."),
         ("residency: nvme", "residency is 'nvme': this version takes only 'device', 'cpu' or 'disk'."),
         ("record_dtype: float16", "record_dtype is 'float16': this version takes only 'float32' or 'bfloat16'."),
@@ -75,7 +75,8 @@ def test_an_unknown_key_is_named_before_the_missing_one_it_was_meant_for(tmp_pat
         ("projection_rank: 2.5", "projection_rank is 2.5: expected full, or a number of at least 1."),
         ("projection_rank: true", "projection_rank is True: expected full, or a number of at least 1."),
         ("pinned_memory: lots", "pinned_memory: 'lots' is not a size. Write it like 5GB, 5GiB or 5000000000."),
-        ("deepspeed: zero.json", "deepspeed is 'zero.json': this version takes only None."),
+        ("deepspeed: 3", "deepspeed is 3: input should be a valid string."),
+        ("deepspeed: {stage: 3}", "deepspeed is {'stage': 3}: input should be a valid string."),
         ("max_memory: lots", "max_memory: 'lots' is not a size. Write it like 5GB, 5GiB or 5000000000."),
         ("max_shard_size: -1", "max_shard_size: '-1' is not a size. Write it like 5GB, 5GiB or 5000000000."),
         ("max_memory: true", "max_memory: 'True' is not a size."),
@@ -113,6 +114,7 @@ def test_a_wrong_type_in_a_list_names_the_list(tmp_path: Path) -> None:
         ("seed: -1", "seed is -1: input should be greater than or equal to 0."),
         (f"seed: {2**63}", f"seed is {2**63}: input should be less than 922337203685477"),
         ("base: ''", "base is '': string should have at least 1 character."),
+        ("deepspeed: ''", "deepspeed is '': string should have at least 1 character."),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(line: str, message: str, tmp_path: Path) -> None:

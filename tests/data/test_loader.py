@@ -1,7 +1,9 @@
 """The data order is a pure function of the step."""
 
+import pytest
 import torch
 
+from pcscale.common.topology import Topology
 from pcscale.data.loader import sequence_order, step_batches
 
 
@@ -54,6 +56,17 @@ def test_equal_products_of_batch_and_accumulation_see_the_same_order() -> None:
     train_NT = numbered(10)
     orders = [seen(train_NT, steps=5, sequences_per_step=6, batch_size=size) for size in (1, 2, 3, 6)]
     assert all(order == orders[0] for order in orders)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 3), (3, 2), (2, 1), (6, 1)])
+def test_ranks_take_the_batches_of_one_process_in_turn(ranks: int, batch_size: int) -> None:
+    train_NT = numbered(10)
+    for step in (1, 4):
+        alone = list(step_batches(train_NT, step, 6, batch_size, 0))
+        for rank in range(ranks):
+            found = list(step_batches(train_NT, step, 6, batch_size, 0, Topology(rank, ranks)))
+            assert len(found) == 6 // (ranks * batch_size)
+            assert all(torch.equal(one, other) for one, other in zip(found, alone[rank::ranks], strict=True))
 
 
 def test_a_later_step_needs_no_earlier_one() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pcscale.common.errors import RequestError
+from pcscale.common.topology import Alone, Topology
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import load_stock
 from pcscale.evaluation.perplexity import Evaluation, HeldOut, evaluate_base, evaluate_model, mean_loss
@@ -83,8 +84,29 @@ def test_a_model_whose_outputs_are_not_finite_is_refused(tiny_base: TinyBase) ->
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_the_batch_size_does_not_change_the_mean(batch_size: int, tiny_base: TinyBase) -> None:
     model = Compression.of(tiny_base("llama", False)).model()
-    found = mean_loss(NextTokenLoss(model), HELD_OUT.ids_MT, batch_size, "test")
+    found = mean_loss(NextTokenLoss(model), HELD_OUT.ids_MT, batch_size, "test", CPU)
     assert found == pytest.approx(stock_loss(model, HELD_OUT.ids_MT), rel=LOSS_TOLERANCE)
+
+
+class OneOf(Alone):
+    """A rank that nobody answers: it gets its own part of every sum."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.topology = Topology(rank, world_size)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 1), (2, 3), (3, 2), (7, 2)])
+def test_ranks_share_the_sequences_in_equally_many_calls(ranks: int, batch_size: int, tiny_base: TinyBase) -> None:
+    loss = NextTokenLoss(Compression.of(tiny_base("llama", False)).model())
+    calls: list[int] = []
+    loss.register_forward_pre_hook(lambda *_: calls.append(1))
+    parts, counts = [], []
+    for rank in range(ranks):
+        calls.clear()
+        parts.append(mean_loss(loss, HELD_OUT.ids_MT, batch_size, "test", CPU, OneOf(rank, ranks)))
+        counts.append(len(calls))
+    assert sum(parts) == pytest.approx(stock_loss(loss.model, HELD_OUT.ids_MT), rel=LOSS_TOLERANCE)
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -92,7 +114,7 @@ def test_the_training_mode_is_left_as_it_was(training: bool, tiny_base: TinyBase
     loss = NextTokenLoss(Compression.of(tiny_base("llama", False)).model()).train(training)
     modes: list[bool] = []
     loss.model.lm_head.register_forward_hook(lambda module, inputs, output: modes.append(loss.model.training))
-    mean_loss(loss, HELD_OUT.ids_MT.int(), 3, "test")
+    mean_loss(loss, HELD_OUT.ids_MT.int(), 3, "test", CPU)
     assert set(modes) == {False}
     assert all(module.training == training for module in loss.modules())
     assert all(parameter.grad is None for parameter in loss.parameters())

@@ -25,7 +25,7 @@ from pcscale.memory.estimate import (
     train_components,
 )
 from pcscale.projection.layout import RecordFormat, overlap_bytes, record_bytes
-from pcscale.projection.persist import write_state
+from pcscale.projection.persist import write_outer, write_records
 from pcscale.projection.residency import Residency
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.projection.parts import Compression, TinyBase
@@ -186,7 +186,7 @@ def test_hard_pruning_has_no_records_and_no_base(compression: Compression) -> No
 @pytest.mark.parametrize("method", ["projected", "hard_prune"])
 def test_a_checkpoint_takes_what_was_predicted(compression: Compression, method: str, tmp_path: Path) -> None:
     optimizer = compression.optimizer(compression.model(), project=method == "projected")
-    files = write_state(optimizer, tmp_path)
+    files = write_records(optimizer, tmp_path) | write_outer(optimizer, tmp_path)
     written = sum((tmp_path / name).stat().st_size for name in files)
     predicted = checkpoint_bytes(compression.plan, settings(method=method))
     assert predicted < written < (1 + HEADER_SHARE) * predicted

@@ -1,6 +1,6 @@
 """What tests of the store share: one whose records are filled with their positions, visits and a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat, record_bytes
+from pcscale.projection.owners import Round
 from pcscale.projection.residency import Residency
 from pcscale.projection.store import RecordStore
 from pcscale.projection.sweep import ProjectedAdamW
@@ -18,6 +19,11 @@ from tests.projection.parts import CPU, Compression, TinyBase, token_batches
 @pytest.fixture
 def compression(tiny_base: TinyBase) -> Compression:
     return Compression.of(tiny_base("llama", False))
+
+
+def alone(names: Iterable[str]) -> list[Round]:
+    """The rounds of one process that visits these."""
+    return [(name,) for name in names]
 
 
 def largest_record(compression: Compression, form: RecordFormat = PUBLISHED_FORMAT) -> int:
@@ -30,12 +36,15 @@ def all_records(compression: Compression, form: RecordFormat = PUBLISHED_FORMAT)
 
 @pytest.fixture
 def a_store(compression: Compression, tmp_path: Path) -> Callable[..., RecordStore]:
-    """`a_store(home, pinned_bytes)`: every record is filled with its position."""
+    """`a_store(home, pinned_bytes)`: every record is filled with its position. With turns and rank: one of several."""
 
-    def make(home: Any, pinned_bytes: int | None = None) -> RecordStore:
+    def make(
+        home: Any, pinned_bytes: int | None = None, turns: list[Round] | None = None, rank: int = 0
+    ) -> RecordStore:
         matrices = list(compression.plan.matrices)
         residency = Residency(home, tmp_path / "residency", pinned_bytes)
-        store = RecordStore(matrices, PUBLISHED_FORMAT, compression.kept, compression.base, residency, CPU)
+        turns = turns or alone(planned.name for planned in matrices)
+        store = RecordStore(matrices, turns, rank, PUBLISHED_FORMAT, compression.kept, compression.base, residency, CPU)
         for position, name in enumerate(store):
             layout = store.layouts[name]
             store.home.create(name, {part: torch.full(spec.shape, float(position)) for part, spec in layout.items()})
@@ -60,7 +69,7 @@ def values(store: RecordStore, name: str) -> set[float]:
 def visit_all(store: RecordStore, change: bool = True, amount: float = 100.0) -> list[str]:
     """Add `amount` to everything; returns whom was visited."""
     visited = []
-    with store.visits(list(store), change) as visits:
+    with store.visits(alone(store), change) as visits:
         for visit in visits:
             for tensor in visit.record.tensors().values():
                 tensor += amount

@@ -11,7 +11,7 @@ from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.errors import RequestError
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
-from pcscale.projection.persist import read_kept, read_state, write_state
+from pcscale.projection.persist import read_kept, read_state, write_outer, write_records
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.storage.hashing import fingerprint_file
 from tests.projection.parts import Compression, TinyBase, copies, random_kept, token_batches
@@ -63,8 +63,13 @@ def manifest_of(compression: Compression, files: dict[str, str]) -> Manifest:
     )
 
 
+def written(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
+    """What one process writes."""
+    return write_records(optimizer, folder) | write_outer(optimizer, folder)
+
+
 def write(compression: Compression, optimizer: ProjectedAdamW, folder: Path) -> Manifest:
-    return manifest_of(compression, write_state(optimizer, folder))
+    return manifest_of(compression, written(optimizer, folder))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,7 +120,7 @@ def test_every_matrix_has_its_file_in_the_safetensors_format(
     form: RecordFormat, compression: Compression, tmp_path: Path
 ) -> None:
     _, optimizer = trained(compression, form=form)
-    files = write_state(optimizer, tmp_path)
+    files = written(optimizer, tmp_path)
     matrices = {planned.name for planned in compression.plan.matrices}
     assert files.keys() == {record_file(name) for name in matrices} | {OUTER_NAME}
     assert files == {name: fingerprint_file(tmp_path / name) for name in files}
@@ -209,7 +214,7 @@ def test_a_state_in_another_format_is_refused(
 def test_the_order_of_tensors_in_a_record_file_does_not_matter(compression: Compression, tmp_path: Path) -> None:
     """Checkpoints of format 1 have another one than those of format 2."""
     _, optimizer = trained(compression)
-    files, path = write_state(optimizer, tmp_path), tmp_path / record_file(UP)
+    files, path = written(optimizer, tmp_path), tmp_path / record_file(UP)
     save_file(load_file(path), path)  # By name, within a dtype.
     assert files[record_file(UP)] != fingerprint_file(path)
     files[record_file(UP)] = fingerprint_file(path)
@@ -222,7 +227,7 @@ def test_the_order_of_tensors_in_a_record_file_does_not_matter(compression: Comp
 
 def test_a_state_without_a_tensor_is_refused(compression: Compression, tmp_path: Path) -> None:
     _, optimizer = trained(compression)
-    files = write_state(optimizer, tmp_path)
+    files = written(optimizer, tmp_path)
     outer = load_file(tmp_path / OUTER_NAME)
     del outer[f"direct.{NORM}.exp_avg"]
     save_file(outer, tmp_path / OUTER_NAME)

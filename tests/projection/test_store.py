@@ -22,6 +22,7 @@ from tests.projection.parts import Compression, copies
 from tests.projection.stores import (
     a_store,
     all_records,
+    alone,
     compression,
     least,
     one_step,
@@ -66,15 +67,58 @@ def test_visits_that_are_not_to_change_anything_do_not(home: str, a_store: Calla
 def test_only_those_that_were_named_are_visited(home: str, a_store: Callable[..., RecordStore]) -> None:
     store = a_store(home)
     names = list(store)
-    with store.visits([names[3], names[1]], True) as visits:
+    with store.visits(alone([names[3], names[1]]), True) as visits:
         assert [visit.planned.name for visit in visits] == [names[3], names[1]]
     with store.visits([], True) as visits:
         assert list(visits) == []
 
 
+def names_of(compression: Compression) -> list[str]:
+    return [planned.name for planned in compression.plan.matrices]
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_rank_has_and_visits_its_matrix_of_each_round(
+    home: str, a_store: Callable[..., RecordStore], compression: Compression
+) -> None:
+    first, second, third, fourth, fifth = names_of(compression)[:5]
+    turns = [(first, fifth), (second, None), (third, fourth), (None, None)]
+    store = a_store(home, turns=turns, rank=1)
+    assert list(store) == [fifth, fourth]
+    for _ in range(2):
+        visited = []
+        with store.visits(turns, True) as visits:
+            for visit in visits:
+                visited.append(visit and visit.planned.name)
+                for tensor in visit.record.tensors().values() if visit else ():
+                    tensor += 100
+        assert visited == [fifth, None, fourth, None]
+    assert [values(store, name) for name in store] == [{200.0}, {201.0}]
+
+
+@pytest.mark.parametrize("collective", [False, True])
+def test_a_collective_base_is_asked_for_every_weight_of_a_round_in_one_order(
+    collective: bool, a_store: Callable[..., RecordStore], compression: Compression, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks must take part where each holds a part of a weight; elsewhere each reads its own alone."""
+    first, second, third = names_of(compression)[:3]
+    turns, asked, read = [(first, second), (third, None)], [], compression.base.weight
+    monkeypatch.setattr(compression.base, "collective", collective, raising=False)
+    monkeypatch.setattr(compression.base, "weight", lambda name: (asked.append(name), read(name))[1])
+    for rank, own in enumerate(([first, third], [second])):
+        store = a_store("device", turns=turns, rank=rank)
+        asked.clear()
+        with store.visits(turns, False) as visits:
+            found = {visit.planned.name: visit.weight.rows(torch.float32) for visit in visits if visit}
+        assert asked == ([first, second, third] if collective else own)
+        assert list(found) == own
+        assert all(torch.equal(weight, compression.weights[name]) for name, weight in found.items())
+        assert store.traffic.base_read == sum(compression.weights[name].nbytes for name in own)
+
+
 def test_a_visit_comes_with_its_base_weight(a_store: Callable[..., RecordStore], compression: Compression) -> None:
     store = a_store("cpu")
-    with store.visits(list(store), False) as visits:
+    with store.visits(alone(store), False) as visits:
         for visit in visits:
             assert torch.equal(visit.weight.rows(torch.float32), compression.weights[visit.planned.name])
 
@@ -202,7 +246,7 @@ def test_the_next_records_are_fetched_before_the_one_at_work_is_given_back(
     monkeypatch.setattr("pcscale.projection.store.AHEAD", ahead)
     store = a_store(home)
     seen, names = recording(store), list(store)[:5]
-    with store.visits(names, True) as visits:
+    with store.visits(alone(names), True) as visits:
         for position, visit in enumerate(visits):
             for following in names[position + 1 : position + 1 + ahead]:
                 assert seen.happened("fetched", following)
@@ -219,7 +263,7 @@ def test_with_the_least_memory_the_next_record_waits_for_the_one_before(
     sizes = {name: sum(spec.num_bytes for spec in layout.values()) for name, layout in store.layouts.items()}
     seen = recording(store)
     first, second = sorted(store, key=lambda name: -sizes[name])[:2]
-    with store.visits([first, second], True) as visits:
+    with store.visits(alone([first, second]), True) as visits:
         next(visits)
         assert seen.happened("asked for", second)
         # That it goes on waiting can only be seen for a while.
@@ -234,7 +278,7 @@ def test_a_record_is_written_back_while_the_next_one_is_worked_on(
 ) -> None:
     store = a_store(home)
     seen, names = recording(store), list(store)[:3]
-    with store.visits(names, True) as visits:
+    with store.visits(alone(names), True) as visits:
         for position, _ in enumerate(visits):
             for before in names[max(position - 1, 0) : position]:
                 assert seen.happened("put", before)
@@ -260,7 +304,7 @@ def test_everything_is_written_when_the_block_ends(
 def test_a_layout_is_what_views_of_a_visit_lie_in(a_store: Callable[..., RecordStore]) -> None:
     """A visit's tensors are its buffer's bytes, so nothing but the buffer needs to be written."""
     store = a_store("disk")
-    with store.visits(list(store)[:2], False) as visits:
+    with store.visits(alone(list(store)[:2]), False) as visits:
         for visit in visits:
             expected = views_of(visit.buffer, store.layouts[visit.planned.name])
             found = visit.record.tensors()

@@ -21,6 +21,7 @@ from tests.projection.homes import (
 from tests.projection.parts import Compression
 from tests.projection.stores import (
     a_store,
+    alone,
     compression,
     largest_record,
     least,
@@ -38,7 +39,7 @@ class Broken(Exception):
 
 def failing_visit(store: RecordStore, position: int) -> None:
     """Change every record up to this one, whose visit fails after it was changed."""
-    with store.visits(list(store), True) as visits:
+    with store.visits(alone(store), True) as visits:
         for number, visit in enumerate(visits):
             for tensor in visit.record.tensors().values():
                 tensor += 100
@@ -66,7 +67,7 @@ def test_visits_that_are_left_early_can_be_made_again(
 ) -> None:
     store = a_store(home, least(home, compression))
     for _ in range(20):
-        with store.visits(list(store), False) as visits:
+        with store.visits(alone(store), False) as visits:
             next(visits)
     assert visit_all(store) == list(store)
 

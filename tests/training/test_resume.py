@@ -32,6 +32,9 @@ from tests.training.runs import (
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
+SPLIT_TOLERANCE = 1e-3
+"""Sums over a micro batch in another order, carried through six steps."""
+
 
 def _losses(run: Path) -> dict[str, float]:
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -113,11 +116,11 @@ def test_a_run_killed_from_outside_at_a_random_instant_goes_on_bit_for_bit(
     [
         pytest.param("pcscale.training.pipeline:write_scores", 1, [], id="before the scores are written"),
         pytest.param("pcscale.training.pipeline:evaluate_base", 1, [], id="before the base's evaluation"),
-        pytest.param("pcscale.training.pipeline:evaluate_model", 1, [], id="before the start's evaluation"),
+        pytest.param("pcscale.training.pipeline:evaluate_now", 1, [], id="before the start's evaluation"),
         pytest.param("pcscale.training.loop:training_step", 1, [], id="before the first step"),
-        # 15 matrices, 5 norms: a step publishes 20 weights, a checkpoint writes 15 records and then the rest.
+        # 15 matrices: a step publishes one after the other, a checkpoint writes 15 records and then the rest.
         pytest.param("pcscale.projection.homes:write_tensors", 9, [], id="in the first checkpoint"),
-        pytest.param("pcscale.projection.sweep:_publish", 110, [4], id="in the middle of a sweep"),
+        pytest.param("pcscale.projection.engine:LocalEngine.publish", 85, [4], id="in the middle of a sweep"),
         pytest.param("pcscale.projection.homes:write_tensors", 20, [4], id="in the second checkpoint"),
         pytest.param("pcscale.projection.persist:write_tensors", 2, [4], id="after its records"),
         pytest.param("pcscale.checkpoint.manifest:write_json", 2, [4], id="before the manifest"),
@@ -189,6 +192,28 @@ def test_a_run_killed_twice_goes_on_bit_for_bit(stopped: Path, reference: Path, 
     process = children.start(["compress", stopped / "run.yaml", "--resume"], tmp_path / "log", kill)
     assert children.wait(process) == -signal.SIGKILL
     assert len(metrics(stopped)) == 6
+    assert invoke("compress", stopped / "run.yaml", "--resume").exit_code == 0
+    _assert_equal(stopped, reference)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (1, 4)])
+def test_a_run_goes_on_with_its_steps_shared_out_otherwise(
+    batch: int, accumulation: int, stopped: Path, reference: Path
+) -> None:
+    changes = (f"per_device_train_batch_size={batch}", f"gradient_accumulation_steps={accumulation}")
+    assert invoke("compress", stopped / "run.yaml", *changes, "--resume").exit_code == 0
+    found, expected = metrics(stopped), metrics(reference)
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=SPLIT_TOLERANCE)
+
+
+def test_a_checkpoint_that_does_not_say_how_many_sequences_a_step_sees_is_gone_on_from(
+    stopped: Path, reference: Path
+) -> None:
+    path = stopped / "checkpoints" / "step-00000004" / "trainer.json"
+    values = json.loads(path.read_text())
+    assert values.pop("sequences_per_step") == 4
+    path.write_text(json.dumps(values))
     assert invoke("compress", stopped / "run.yaml", "--resume").exit_code == 0
     _assert_equal(stopped, reference)
 

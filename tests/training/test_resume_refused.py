@@ -33,7 +33,6 @@ def test_a_run_that_is_there_is_not_touched_without_resume(stopped: Path) -> Non
     ("setting", "found", "before"),
     [
         ("learning_rate=0.02", "learning_rate is 0.02", "0.01"),
-        ("per_device_train_batch_size=4", "per_device_train_batch_size is 4", "2"),
         ("seed=1", "seed is 1", "0"),
         ("method=hard_prune", "method is 'hard_prune'", "'projected'"),
         ("keep=0.6", "keep is 0.6", "None"),
@@ -46,6 +45,19 @@ def test_resume_with_a_changed_setting_names_it_and_both_values(
     was = snapshot(stopped)
     said = refusal("compress", stopped / "run.yaml", setting, "--resume")
     assert said == f"{found}, the run in {stopped} began with {before}. Put it back, or name a new folder as output."
+    assert snapshot(stopped) == was
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 1), (3, 1)])
+def test_resume_with_another_number_of_sequences_in_a_step_is_refused_with_both(
+    batch: int, accumulation: int, stopped: Path
+) -> None:
+    was = snapshot(stopped)
+    changes = (f"per_device_train_batch_size={batch}", f"gradient_accumulation_steps={accumulation}")
+    assert refusal("compress", stopped / "run.yaml", *changes, "--resume") == (
+        f"a step would see {batch * accumulation} sequences ({batch} × {accumulation} on 1 processes), the run began "
+        "with 4. Set gradient_accumulation_steps so that the product is the same."
+    )
     assert snapshot(stopped) == was
 
 

@@ -115,7 +115,7 @@ def test_a_run_that_is_hopeless_from_the_start_has_no_checkpoint_to_name(
 def test_a_held_out_loss_that_is_not_finite_is_null(
     config: Callable[..., RunConfig], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pcscale.training.loop.mean_loss", lambda *_: float("inf"))
+    monkeypatch.setattr("pcscale.training.loop.evaluate_now", lambda *_: float("inf"))
     compress(config(max_steps=2, eval_steps=1, logging_steps=1))
     assert [row["eval_loss"] for row in metrics(run)] == [None, None]
     assert _trainer(run)["eval_loss"] is None
