@@ -312,8 +312,8 @@ def test_codes_that_were_damaged_are_made_again_for_the_merge(
 def test_what_a_killed_run_left_takes_no_room_from_the_one_that_goes_on(
     stopped: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filler = stopped / "residency" / "model.norm.weight.safetensors"
-    filler.parent.mkdir()
+    filler = stopped / "residency" / "rank-0" / "model.norm.weight.safetensors"
+    filler.parent.mkdir(parents=True)
     filler.write_bytes(b"what filled the disk")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**12, 0, 1000 if filler.exists() else 10**11))
     outcome = invoke("compress", stopped / "run.yaml", "--resume")
