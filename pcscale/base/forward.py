@@ -66,9 +66,12 @@ class LayerMajorModel:
         tokens = sum(batch.numel() for batch in batches)
         with console.progress(label, tokens * self.base.num_layers, "token layers") as progress:
             for group in self._groups(batches):
-                hidden = [self._embed(batch) for batch in group]
+                table_VH = self.base.tensor(self._embedding.name)
+                hidden = [self._embed(batch, table_VH) for batch in group]
+                del table_VH
                 for layer, module in enumerate(self.layers):
-                    self.base.prefetch(self.base.layer_names(layer + 1 if layer + 1 < self.base.num_layers else None))
+                    last = layer + 1 == self.base.num_layers
+                    self.base.prefetch([self._norm.name] if last else self.base.layer_names(layer + 1))
                     with self._loaded(module, self.base.layer_names(layer), self._prefix(layer)):
                         for position, (batch, hidden_BTH) in enumerate(zip(group, hidden, strict=True)):
                             arguments = self._arguments[tuple(batch.shape)][layer]
@@ -120,7 +123,7 @@ class LayerMajorModel:
         if group:
             yield group
 
-    def _embed(self, batch_BT: torch.Tensor) -> torch.Tensor:
+    def _embed(self, batch_BT: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
         """The first layer's input; what the stock forward hands to every layer is kept by the batch's shape."""
         arguments: _LayerArguments = []
 
@@ -138,8 +141,7 @@ class LayerMajorModel:
             # Taken out, not patched as the layers are: a hook on the norm must not see what has passed no layer.
             setattr(norm_owner, norm_name, nn.Identity())
             # A lookup touches only its own rows, so the mapped table is used as it lies.
-            table_VH = self.base.tensor(self._embedding.name)
-            embedding.forward = lambda ids_BT: F.embedding(ids_BT, table_VH).to(self.dtype)
+            embedding.forward = lambda ids_BT: F.embedding(ids_BT.to(table_VH.device), table_VH).to("cpu", self.dtype)
             hidden_BTH = self.decoder(input_ids=batch_BT.long(), use_cache=False).last_hidden_state
         finally:
             setattr(norm_owner, norm_name, norm)

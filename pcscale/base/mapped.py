@@ -62,6 +62,9 @@ class MappedBase:
         Raises:
             RequestError: the weight is not finite, or not the one that the run began with.
         """
+        return self._read(name)
+
+    def _read(self, name: str) -> torch.Tensor:
         tensor = self._reader.tensor(name)
         if name not in self.fingerprints:
             self._check(name, tensor)
@@ -119,5 +122,5 @@ class MappedBase:
     def check_all(self) -> dict[str, str]:
         """Read what has not been read yet; returns every tensor's fingerprint."""
         for weight in self.weights:
-            self.tensor(weight.name)
+            self._read(weight.name)
         return self.fingerprints

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ from pcscale.common.console import console
 from pcscale.common.errors import PcscaleError, SaidElsewhere
 
 _OUTPUT = "Output"
+_GRACE_SECONDS = 2.0
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output.", rich_help_panel=_OUTPUT)
 ]
@@ -28,6 +31,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def wrapped(**arguments: Any) -> None:
         console.configure(quiet=arguments.get("quiet", False))
+        # Accelerate imports DeepSpeed where it is installed, which then logs to standard output.
+        logging.getLogger("DeepSpeed").addFilter(_is_serious)
         try:
             function(**arguments)
         except KeyboardInterrupt:
@@ -35,6 +40,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except typer.Exit:
             raise
         except SaidElsewhere as error:
+            # A launcher ends all processes when the first one exits: those that have something to say go first.
+            time.sleep(_GRACE_SECONDS)
             raise typer.Exit(error.exit_code) from None
         except Exception as error:
             if arguments.get("debug"):
@@ -45,6 +52,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail(f"unexpected {type(error).__name__}: {reason} (--debug shows where)", 1)
 
     return wrapped
+
+
+def _is_serious(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -28,8 +28,9 @@ def main(
     """Plan, calibrate, train, merge, evaluate and report, into one run folder."""
     from pcscale.config.load import load_run_config
     from pcscale.training.pipeline import compress
+    from pcscale.training.processes import said_once
 
-    config = load_run_config(run, overrides or [])
+    config = said_once(lambda: load_run_config(run, overrides or []))
     report = compress(config, resume=resume, dry_run=dry_run)
     if json:
         print_json(report)

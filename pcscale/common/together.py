@@ -31,11 +31,16 @@ def together(group: Group, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         failed = error
-    codes = group.gather(None if failed is None else getattr(failed, "exit_code", PcscaleError.exit_code))
-    first = next((rank for rank, code in enumerate(codes) if code is not None), None)
-    if first is None:
+    # None: it went well. A rank that only heard of a failure says so by False.
+    known = None if failed is None else not isinstance(failed, SaidElsewhere)
+    outcomes = group.gather((known, getattr(failed, "exit_code", PcscaleError.exit_code)))
+    failures = [(rank, code) for rank, (known, code) in enumerate(outcomes) if known] or [
+        (rank, code) for rank, (known, code) in enumerate(outcomes) if known is not None
+    ]
+    if not failures:
         return result  # pyright: ignore[reportReturnType]
-    if first == group.topology.rank:
+    rank, code = failures[0]
+    if rank == group.topology.rank:
         assert failed is not None
         raise failed
-    raise SaidElsewhere(codes[first])
+    raise SaidElsewhere(code)

@@ -1,9 +1,10 @@
 """Which process this is among those of a run, and what they say to each other."""
 
+import os
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-Value = TypeVar("Value")
+_LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Topology:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+
+    @classmethod
+    def launched(cls) -> "Topology":
+        """What torchrun, the deepspeed launcher or SLURM have told this process; one process where nobody has."""
+        values = (os.environ.get(name, default) for name, default in _LAUNCHED.items())
+        return cls(*map(int, values))
 
     @property
     def is_first(self) -> bool:

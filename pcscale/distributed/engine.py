@@ -52,9 +52,12 @@ class DeepSpeedEngine:
         self._engine: Any = None
         self._scale = 1.0
         self._placed: dict[str, torch.Tensor] = {}
-        self._sent: list[Any] = []
+        """What this rank publishes next, where the model's own weight is not whole."""
+        self._sent: list[tuple[str, torch.Tensor, Any]] = []
+        """Broadcasts under way: while they are, the next matrices are worked on."""
 
     def start(self, loss_module: nn.Module) -> nn.Module:
+        self._settle()
         listing = _Listing(list(self._parameters.values()))
         self._engine, *_ = deepspeed.initialize(model=loss_module, optimizer=listing, config=self._settings)
         return self._engine
@@ -73,6 +76,7 @@ class DeepSpeedEngine:
         return self._group.sum([value.item()])[0] / self.topology.world_size
 
     def value(self, name: str) -> torch.Tensor:
+        self._settle()
         parameter = self._parameters[name]
         if self._whole:
             return parameter.detach()
@@ -108,14 +112,20 @@ class DeepSpeedEngine:
     def place(self, name: str) -> torch.Tensor:
         if self._whole:
             return self._parameters[name].detach()
-        return self._buffer(name)
+        self._placed[name] = self._empty(name)
+        return self._placed[name]
 
     def publish(self, turn: Round) -> None:
+        self._settle()
         for rank, name in enumerate(turn):
             if name is not None:
-                self._publish_from(rank, name)
+                value = self._parameters[name].detach() if self._whole else self._placed.pop(name, None)
+                value = self._empty(name) if value is None else value
+                under_way = dist.broadcast(value, rank, async_op=True) if self.topology.world_size > 1 else None
+                self._sent.append((name, value, under_way))
 
     def replace(self, name: str, value: torch.Tensor) -> None:
+        self._settle()
         if self._whole:
             parameter = self._parameters[name].detach()
             if value.data_ptr() != parameter.data_ptr():
@@ -124,21 +134,21 @@ class DeepSpeedEngine:
             safe_set_full_fp32_param(self._parameters[name], value.float())
 
     def clear(self) -> None:
+        self._settle()
         self._engine.step()
         self._scale = 1.0
 
-    def _publish_from(self, rank: int, name: str) -> None:
-        placed = self._parameters[name].detach() if self._whole else self._placed.pop(name, None)
-        if placed is None:
-            placed = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
-        if self.topology.world_size > 1:
-            dist.broadcast(placed, src=rank)
-        if not self._whole:
-            safe_set_full_fp32_param(self._parameters[name], placed.float())
+    def _settle(self) -> None:
+        """Wait for what has been published, and make it the model's."""
+        for name, value, under_way in self._sent:
+            if under_way is not None:
+                under_way.wait()
+            if not self._whole:
+                safe_set_full_fp32_param(self._parameters[name], value.float())
+        self._sent.clear()
 
-    def _buffer(self, name: str) -> torch.Tensor:
-        self._placed[name] = torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
-        return self._placed[name]
+    def _empty(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
 
     def _full_gradient(self, name: str) -> torch.Tensor:
         gradient = safe_get_full_grad(self._parameters[name])

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pcscale.common.topology import Topology
+
+# DeepSpeed's own calls, which torch 2.13 has renamed.
+warnings.filterwarnings(
+    "ignore", message=r".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*", category=FutureWarning
+)
 
 _PATIENCE = timedelta(days=7)
 """How long a rank waits for the others, which may merge or evaluate a large model. One that dies is noticed at once."""

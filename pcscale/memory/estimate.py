@@ -68,7 +68,7 @@ def train_components(plan: Plan, config: RunConfig) -> dict[str, Component]:
     if config.pinned_memory is not None:
         staging = min(staging, parse_bytes(config.pinned_memory))
     kept = [kept_base_bytes(planned, plan.base_config, config) for planned in matrices]
-    base_home = {"device": "device", "cpu": "host", "disk": "disk"}[config.base_home]
+    base_home = {"device": "device", "cpu": "host", "zero": "host", "disk": "disk"}[config.base_home]
     return {
         "compressed weights": Component("device", plan.parameters * weight_bytes),
         "gradients": Component("host" if config.gradient_home == "cpu" else "device", plan.parameters * gradient_bytes),

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -47,7 +48,15 @@ class Visit:
     planned: PlannedWeight
     weight: FrozenWeight
     record: MatrixRecord
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What a visit needs; the weight only where a rank may read it without the others."""
+
+    name: str
     buffer: torch.Tensor
+    weight: FrozenWeight | None
 
 
 class RecordStore(Mapping[str, MatrixRecord]):
@@ -123,59 +132,61 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def _visit_each(
         self, turns: list[Round], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
     ) -> Generator[Visit | None]:
-        coming = deque(reader.submit(self._fetch, turn) for turn in turns[:AHEAD])
+        coming = deque(reader.submit(self._fetch, turn[self._rank]) for turn in turns[:AHEAD])
         going: list[Future[None]] = []
+        gathered = self._gathered(turns)
         try:
             for position in range(len(turns)):
-                visit = coming.popleft().result()
-                coming.extend(reader.submit(self._fetch, turn) for turn in turns[position + AHEAD :][:1])
-                if visit is None:
+                fetched = coming.popleft().result()
+                coming.extend(reader.submit(self._fetch, turn[self._rank]) for turn in turns[position + AHEAD :][:1])
+                weight = next(gathered) if self._base.collective else fetched and fetched.weight
+                if fetched is None:
                     yield None
                     continue
                 changed = False
-                visit.weight.keep_for(self._device)
                 try:
-                    yield visit
+                    yield self._visit(fetched, weight)
                     changed = change
                 finally:
                     # Also when the caller failed: the reader may be waiting for this buffer.
-                    going.append(writer.submit(self._put, visit, self._now(), changed))
+                    going.append(writer.submit(self._put, fetched, self._now(), changed))
                 while going and going[0].done():
                     going.pop(0).result()
             for put in going:
                 put.result()
         finally:
-            for fetched in coming:
+            for future in coming:
                 # What was fetched for a visit that is not made.
-                if not fetched.cancel() and fetched.exception() is None and (visit := fetched.result()) is not None:
-                    writer.submit(self._put, visit, None, False)
+                if not future.cancel() and future.exception() is None and (fetched := future.result()) is not None:
+                    writer.submit(self._put, fetched, None, False)
 
-    def _fetch(self, turn: Round) -> Visit | None:
-        name = turn[self._rank]
+    def _fetch(self, name: str | None) -> _Fetched | None:
         if name is None:
-            self._weight(turn)
             return None
-        self._base.prefetch([name])
         buffer = self.home.fetch(name)  # First: room for records bounds how many base weights are under way.
+        if self._base.collective:
+            return _Fetched(name, buffer, None)
+        self._base.prefetch([name])
         try:
-            weight = self._weight(turn)
-            assert weight is not None
+            return _Fetched(name, buffer, self._on_device(self._base.weight(name)))
         except BaseException:
             self.home.put(name, buffer, False)
             raise
-        record = MatrixRecord.of(self._kept[name], views_of(buffer, self.layouts[name]))
-        return Visit(self._planned[name], weight, record, buffer)
 
-    def _weight(self, turn: Round) -> FrozenWeight | None:
-        """This rank's base weight of the round; with a collective base the ranks take part in each other's."""
-        name = turn[self._rank]
-        weight = None
-        for other in turn:
-            if other is not None and (other == name or self._base.collective):
-                found = self._base.weight(other)
-                weight = found if other == name else weight
-        if weight is None:
-            return None
+    def _gathered(self, turns: list[Round]) -> Iterator[FrozenWeight | None]:
+        """This rank's base weight of each round, where all ranks ask for each weight together and in one order."""
+        names = [name for turn in turns for name in turn if name is not None]
+        following = dict(pairwise(names))
+        for turn in turns:
+            mine = None
+            for rank, name in enumerate(turn):
+                if name is not None:
+                    weight = self._base.weight(name)
+                    self._base.prefetch([following[name]] if name in following else [])
+                    mine = self._on_device(weight) if rank == self._rank else mine
+            yield mine
+
+    def _on_device(self, weight: FrozenWeight) -> FrozenWeight:
         self.traffic.base_read += weight.num_bytes * (self._base.home != "device")
         if self._device.type != "cpu":
             stream = torch.cuda.Stream(self._device)
@@ -184,10 +195,16 @@ class RecordStore(Mapping[str, MatrixRecord]):
             stream.synchronize()
         return weight
 
-    def _put(self, visit: Visit, computed: torch.cuda.Event | None, changed: bool) -> None:
+    def _visit(self, fetched: _Fetched, weight: FrozenWeight | None) -> Visit:
+        assert weight is not None
+        weight.keep_for(self._device)
+        record = MatrixRecord.of(self._kept[fetched.name], views_of(fetched.buffer, self.layouts[fetched.name]))
+        return Visit(self._planned[fetched.name], weight, record)
+
+    def _put(self, fetched: _Fetched, computed: torch.cuda.Event | None, changed: bool) -> None:
         if computed is not None:
             computed.synchronize()
-        self.home.put(visit.planned.name, visit.buffer, changed)
+        self.home.put(fetched.name, fetched.buffer, changed)
 
     def _now(self) -> torch.cuda.Event | None:
         """The end of what has been asked of the device so far; None: the host computes, and has finished."""

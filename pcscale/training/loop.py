@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -71,20 +71,20 @@ def train(training: Training) -> None:
     ):
         while state.step < config.max_steps:
             row = _take_step(training)
-            # A full disk under metrics.jsonl is the first rank's, and ends all.
-            together(group, lambda row=row: log(row))
             progress.advance(training.tokens_per_step, _progress_note(row, config))
             if state.step % config.logging_steps == 0 or "eval_loss" in row:
                 console.say(_describe(row, training))
-            _stop_if_hopeless(training)
+
+            def finish_step(row: dict[str, Any] = row) -> None:
+                log(row)
+                _stop_if_hopeless(training)
+
+            together(group, finish_step)  # A full disk under metrics.jsonl is the first rank's, and ends all.
             last, stopping = state.step == config.max_steps, group.sum([float(stop.asked)])[0] > 0
             if last or stopping or state.step % config.save_steps == 0:
                 _save(training)
             if stopping:
-                raise Interrupted(
-                    f"interrupted after step {state.step}; checkpoint written. Go on with: "
-                    f"pcscale compress {training.folder.settings} --resume"
-                )
+                together(group, lambda: _interrupt(training))
 
 
 @contextmanager
@@ -171,6 +171,13 @@ def _stop_if_hopeless(training: Training) -> None:
             f"loss or gradients were not finite in {state.skipped_in_row} steps in a row, up to step {state.step}. "
             f"Last checkpoint: {latest or 'none'}. Lower learning_rate, or look at the data."
         )
+
+
+def _interrupt(training: Training) -> NoReturn:
+    raise Interrupted(
+        f"interrupted after step {training.state.step}; checkpoint written. Go on with: "
+        f"pcscale compress {training.folder.settings} --resume"
+    )
 
 
 def _progress_note(row: dict[str, Any], config: RunConfig) -> str:

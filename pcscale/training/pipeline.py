@@ -1,7 +1,7 @@
 """The whole job: plan → calibrate → train → merge → evaluate → report, in one run folder."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,12 +117,17 @@ def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
         _say_plan(begun.document)
         run.prepare_tokens()
 
+    # The other ranks find the tokens that the first one has prepared.
     first_alone(group, first_results)
-    together(group, run.prepare_tokens)
-    if checkpoint:
-        check_text(checkpoint, run.tokens.fingerprint)
-    kept = read_kept(checkpoint, manifest) if checkpoint and manifest else first_alone(group, run.calibrate)
-    first_alone(group, run.evaluate_base)
+    together(group, lambda: None if group.topology.is_first else run.prepare_tokens())
+    if checkpoint and manifest:
+        together(group, lambda: check_text(checkpoint, run.tokens.fingerprint))
+        kept = read_kept(checkpoint, manifest)
+    else:
+        run.with_base(run.calibrate)
+        kept = first_alone(group, lambda: select(run.setup.plan, read_scores(folder.scores)))
+    if not first_alone(group, lambda: "base" in run.evaluation()):
+        run.with_base(run.evaluate_base)
     run.train(kept, checkpoint, manifest)
     first_alone(group, run.merge)
     first_alone(group, run.evaluate_merged)
@@ -183,7 +188,12 @@ class _Run:
             f"{self.tokens.validation_MT.numel():,} held-out tokens"
         )
 
-    def calibrate(self) -> KeptIndices:
+    def with_base(self, work: Callable[[], None]) -> None:
+        """Do what only the first rank need do, on all ranks where they read the base together."""
+        group, base = self.setup.group, self.setup.base
+        together(group, lambda: work() if group.topology.is_first or base.collective else None)
+
+    def calibrate(self) -> None:
         config, setup = self.config, self.setup
         with self._phase("calibrate"):
             batches = calibration_batches(self.tokens.train_NT, config)
@@ -191,8 +201,8 @@ class _Run:
                 setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
             )
             tokens = sum(batch.numel() for batch in batches) if config.importance == "activation" else 0
-            write_scores(self.folder.scores, scores, config.importance, tokens)
-        return select(setup.plan, read_scores(self.folder.scores))
+            if setup.group.topology.is_first:
+                write_scores(self.folder.scores, scores, config.importance, tokens)
 
     @property
     def held_out(self) -> HeldOut:
@@ -200,8 +210,6 @@ class _Run:
         return HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), self.tokenizer))
 
     def evaluate_base(self) -> None:
-        if "base" in self._evaluation():
-            return
         setup, batch = self.setup, self.config.per_device_train_batch_size
         with self._phase("evaluate"):
             result = evaluate_base(
@@ -248,7 +256,7 @@ class _Run:
             validation_MT=self.tokens.validation_MT,
             state=state,
         )
-        if not checkpoint and "start" not in self._evaluation():
+        if not checkpoint and "start" not in self.evaluation():
             self._evaluate_start(training)
         if group.topology.is_first:
             cut_metrics(self.folder.metrics, state.step)
@@ -258,8 +266,7 @@ class _Run:
         started = time.monotonic()
         loss = evaluate_now(training, "evaluate start")
         result = self.held_out.result(loss, self.setup.plan.parameters, time.monotonic() - started)
-        if training.group.topology.is_first:
-            self._add_evaluation("start", asdict(result))
+        self._add_evaluation("start", asdict(result))
         console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
 
     def merge(self) -> None:
@@ -302,11 +309,12 @@ class _Run:
             }
             self._add_evaluation("sample", sample)
 
-    def _evaluation(self) -> dict[str, Any]:
+    def evaluation(self) -> dict[str, Any]:
         return read_json(self.folder.evaluation) if self.folder.evaluation.exists() else {}
 
     def _add_evaluation(self, name: str, result: dict[str, Any]) -> None:
-        write_json(self.folder.evaluation, self._evaluation() | {name: result})
+        if self.setup.group.topology.is_first:
+            write_json(self.folder.evaluation, self.evaluation() | {name: result})
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

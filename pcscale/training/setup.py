@@ -56,7 +56,7 @@ def prepare(config: RunConfig, expected: dict[str, str] | None = None, group: Gr
         expected: fingerprints that the base must have, from a checkpoint.
     """
     source = resolve_base(config.base)
-    base = MappedBase(source, expected)
+    base = _open_base(source, expected, config, group)
     on_gpu = torch.cuda.is_available()
     return Setup(
         source=source,
@@ -68,6 +68,15 @@ def prepare(config: RunConfig, expected: dict[str, str] | None = None, group: Gr
         base_dtype=torch.bfloat16 if on_gpu and config.bf16 else torch.float32,
         model_dtype=torch.bfloat16 if config.bf16 else torch.float32,
     )
+
+
+def _open_base(source: BaseFolder, expected: dict[str, str] | None, config: RunConfig, group: Group) -> MappedBase:
+    if config.base_home != "zero" or config.deepspeed is None or group is ALONE:
+        return MappedBase(source, expected)
+    from pcscale.distributed.zero_base import ZeroBase
+
+    settings = read_engine_settings(Path(config.deepspeed), config, group.topology.world_size)
+    return ZeroBase(source, expected, settings, group)
 
 
 def build_training_parts(
@@ -140,7 +149,7 @@ def _frozen_base(
     base = setup.base
     if config.base_precision == "int8":
         base = Int8Base(base, folder.base_cache, expected_codes)
-    if config.base_home == "disk":
+    if config.base_home in ("disk", "zero"):
         return base
     owned = owned_matrices(list(setup.plan.matrices), config.rank, setup.group.topology)
     return HeldBase(base, setup.device if config.base_home == "device" else torch.device("cpu"), owned)

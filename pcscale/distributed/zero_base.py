@@ -1,0 +1,81 @@
+"""The frozen base under ZeRO-3: every rank holds a part of each weight, and all gather one when it is needed."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from pcscale.base.mapped import MappedBase
+from pcscale.base.resolve import BaseFolder
+from pcscale.base.weight import FrozenWeight
+from pcscale.common.together import together
+from pcscale.common.topology import Group
+from pcscale.storage.reader import TORCH_DTYPES
+
+
+class ZeroBase(MappedBase):
+    """A base whose weights DeepSpeed parts among the ranks, in host memory or where `offload_param` says.
+
+    The first rank reads and checks each weight when it is first asked for, and the others get their parts of it: no
+    rank ever holds the model, and files are read once. All ranks ask for the same weights in the same order.
+
+    Args:
+        source: the checkpoint folder.
+        expected: fingerprints that the base must have.
+        settings: of DeepSpeed, of which `zero_optimization.offload_param` counts; absent: host memory.
+        group: the ranks.
+
+    Memory: the weights' bytes over the number of ranks; on each rank the gathered weight, and the one under way.
+    """
+
+    home = "zero"
+    collective = True
+
+    def __init__(
+        self, source: BaseFolder, expected: dict[str, str] | None, settings: dict[str, Any], group: Group
+    ) -> None:
+        super().__init__(source, expected)
+        offload = settings.get("zero_optimization", {}).get("offload_param", {"device": "cpu"})
+        self._settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3, "offload_param": offload, "stage3_param_persistence_threshold": 0},
+        }
+        self._group = group
+        self._parted: dict[str, Any] = {}
+        self._under_way: dict[str, Any] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole weight, on every rank, in its stored dtype, where DeepSpeed gathers it."""
+        if name not in self._parted:
+            self._parted[name] = self._load(name)
+        parted = self._parted[name]
+        under_way = self._under_way.pop(name, None)
+        (under_way or parted.all_gather_coalesced([parted])).wait()
+        whole = parted.data
+        parted.partition()
+        return whole
+
+    def weight(self, name: str) -> FrozenWeight:
+        return FrozenWeight(self.tensor(name))
+
+    def prefetch(self, names: list[str]) -> None:
+        """Begin to gather these weights; those that nobody has asked for yet are read ahead on the first rank."""
+        for name in names:
+            if name in self._parted and name not in self._under_way:
+                self._under_way[name] = self._parted[name].all_gather_coalesced([self._parted[name]])
+        if self._group.topology.is_first:
+            super().prefetch([name for name in names if name not in self._parted])
+
+    def _load(self, name: str) -> nn.Parameter:
+        first, entry = self._group.topology.is_first, self._reader.entries[name]
+        values = together(self._group, lambda: self._read(name) if first else None)
+        if values is None:
+            values = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        parameter = nn.Parameter(values, requires_grad=False)
+        parted = next(iter(self._parted.values()), None)
+        if parted is not None:
+            parted.convert_to_zero_parameters(param_list=[parameter])
+        else:
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self._settings)
+        return parameter
