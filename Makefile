@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# What DeepSpeed compiles lies here, so that it is compiled once.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
-.PHONY: install demo test check bench docs format clean
+.PHONY: install deepspeed-ops demo test check bench docs format clean
 
 install: $(STAMP)
 
@@ -13,10 +15,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+deepspeed-ops: install
+	$(BIN)/python tools/deepspeed_ops.py
+
 demo: install
 	$(BIN)/pcscale demo
 
-test: install
+test: install deepspeed-ops
 	$(BIN)/python -m pytest
 
 check: install
