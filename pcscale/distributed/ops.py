@@ -14,6 +14,7 @@ from torch.utils import cpp_extension
 
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
+from pcscale.common.topology import Topology
 
 BUILD_SECONDS = 15 * 60
 """A build takes a minute or two. One that has held its lock for so long was killed."""
@@ -58,8 +59,8 @@ def _wait_for_other_build(lock: Path) -> None:
     while (age := _age_seconds(lock)) is not None:
         if age > BUILD_SECONDS:
             raise RequestError(
-                f"{lock} is {age / 60:.0f} minutes old: a build of DeepSpeed's op was killed, and every later one would "
-                "wait for it for ever. Remove this file, if no build is running."
+                f"{lock} is {age / 60:.0f} minutes old: a build of DeepSpeed's op was killed, and every later one "
+                "would wait for it for ever. Remove this file, if no build is running."
             )
         if not waits and _speaks():
             console.say(f"waiting for another build of DeepSpeed's op; if there is none, remove {lock}")
@@ -85,5 +86,5 @@ def _missing_tools(is_built: bool) -> list[str]:
 
 
 def _speaks() -> bool:
-    """One rank per host says what all of them meet."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """One rank of a host says what all of them meet."""
+    return Topology.launched().local_rank == 0
