@@ -4,7 +4,6 @@ While one matrix is worked on, a thread fetches the next one and another puts th
 each has a stream of its own, so that copies run beside the products.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,11 +30,6 @@ class Residency:
     home: Literal["device", "cpu", "disk"] = "device"
     folder: Path | None = None
     pinned_bytes: int | None = None
-
-    def clear(self) -> None:
-        """Remove the files."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 ON_DEVICE = Residency()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,19 @@ class RunFolder:
         for path in (tokens, self.scores, self.metrics, self.evaluation, self.merge_result, self.usage):
             path.unlink(missing_ok=True)
 
+    def records_of(self, rank: int) -> Path:
+        """Where a rank keeps the records that live in files."""
+        return self.residency / f"rank-{rank}"
+
     def clear_residency(self) -> None:
-        """Remove the records' files: training has ended, or was killed and goes on from a checkpoint."""
+        """Remove the records' files of a run that was killed and goes on from a checkpoint."""
         shutil.rmtree(self.residency, ignore_errors=True)
+
+    def clear_records(self, rank: int) -> None:
+        """Remove a rank's, which has ended: what is worth keeping of them, a checkpoint holds."""
+        shutil.rmtree(self.records_of(rank), ignore_errors=True)
+        with suppress(OSError):  # Until the last rank's are gone.
+            self.residency.rmdir()
 
     def prune_checkpoints(self, keep: int) -> None:
         """Remove all but the newest checkpoints. One that is being removed is no longer visible as a checkpoint."""

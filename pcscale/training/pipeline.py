@@ -228,8 +228,7 @@ class _Run:
             with self._phase("train"):
                 self._train(kept, checkpoint, manifest)
         finally:
-            # What is worth keeping of the records, a checkpoint holds.
-            residency_of(config, self.folder, self.setup.group.topology.rank).clear()
+            self.folder.clear_records(self.setup.group.topology.rank)
         release_freed()
 
     def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:

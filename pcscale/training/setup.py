@@ -123,7 +123,7 @@ def build_training_parts(
 
 def residency_of(config: RunConfig, folder: RunFolder, rank: int = 0) -> Residency:
     pinned_bytes = None if config.pinned_memory is None else parse_bytes(config.pinned_memory)
-    return Residency(config.residency, folder.residency / f"rank-{rank}", pinned_bytes)
+    return Residency(config.residency, folder.records_of(rank), pinned_bytes)
 
 
 def _engine(setup: Setup, config: RunConfig, model: nn.Module) -> Engine | None:

@@ -11,7 +11,7 @@ import torch
 from pcscale.base.mapped import MappedBase
 from pcscale.checkpoint.manifest import TRAINER_NAME, Manifest
 from pcscale.common.errors import RequestError
-from pcscale.common.files import empty_folder, publish_folder, read_json, temporary_beside, write_json
+from pcscale.common.files import empty_folder, publish_folder, read_json, said_plainly, temporary_beside, write_json
 from pcscale.common.together import together
 from pcscale.common.topology import ALONE, Group
 from pcscale.config.schema import RunConfig
@@ -97,9 +97,10 @@ def save_state(
         publish_folder(temporary, folder)
 
     try:
-        together(group, lambda: empty_folder(temporary) if first else None)
-        records = group.gather(together(group, lambda: write_records(optimizer, temporary)))
-        together(group, lambda: finish(records) if first else None)
+        with said_plainly(folder):
+            together(group, lambda: empty_folder(temporary) if first else None)
+            records = group.gather(together(group, lambda: write_records(optimizer, temporary)))
+            together(group, lambda: finish(records) if first else None)
     except BaseException:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
