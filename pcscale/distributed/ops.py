@@ -45,7 +45,7 @@ def prepare_ops() -> Any | None:
         if _speaks():
             console.warn(
                 f"DeepSpeed's {builder.NAME} cannot be {'loaded' if is_built else 'compiled'} without "
-                f"{' and '.join(missing)}: ranks talk over gloo instead, with the same results."
+                f"{' and '.join(missing)}: ranks talk over gloo alone."
             )
         return None
     if not is_built and _speaks():
