@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pcscale.common.topology import Topology
+from pcscale.distributed.ops import prepare_ops
 
 # DeepSpeed's own calls, which torch 2.13 has renamed.
 warnings.filterwarnings(
@@ -26,11 +27,13 @@ class ProcessGroup:
     """All ranks of this run.
 
     Raises:
+        RequestError: a build of DeepSpeed's op was killed, and would be waited for.
         RuntimeError: the other ranks cannot be reached.
     """
 
     def __init__(self) -> None:
         _name_the_lone_process()
+        prepare_ops()
         if not dist.is_initialized():
             deepspeed.init_distributed(timeout=_PATIENCE, verbose=False)
         self.topology = Topology(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))

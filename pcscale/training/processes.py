@@ -39,7 +39,7 @@ def processes(config: RunConfig) -> Iterator[Group]:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     # DeepSpeed prints; standard output belongs to the result.
     with redirect_stdout(sys.stderr if launched.is_first else sys.stdout):
-        group = ProcessGroup()
+        group = said_once(ProcessGroup)
         try:
             yield group
         except Exception as error:

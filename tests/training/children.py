@@ -27,7 +27,8 @@ WAIT_SECONDS = 120
 Prepare = Callable[[], None]
 
 
-def _command(arguments: list[str], log: str, prepare: Prepare | None) -> None:
+def run_command(arguments: list[str], log: str, prepare: Prepare | None) -> None:
+    """In a process of its own: the command with both streams in one file."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -43,7 +44,7 @@ def start(arguments: list[str | Path], log: Path, prepare: Prepare | None = None
     """Begin a command whose output goes to `log`; `prepare` is called in its process first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=_command, args=([str(part) for part in arguments], str(log), prepare))
+    process = context.Process(target=run_command, args=([str(part) for part in arguments], str(log), prepare))
     process.start()
     return process
 

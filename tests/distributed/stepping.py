@@ -1,0 +1,107 @@
+"""Optimizer steps of a tiny compression under DeepSpeed, as each rank takes them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.training.step import training_step
+from tests.projection.parts import Compression, token_batches
+from tests.reference import Rates, Weights
+
+RATES = Rates()
+STEPS = 3
+
+
+class Case(NamedTuple):
+    """One cell of the grid."""
+
+    stage: int
+    offload: bool
+    base_home: str
+    accumulation: int
+    tied: bool
+    bf16: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """DeepSpeed's, as pcscale fills them in."""
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if self.offload and self.stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": 0.0,
+            "bf16": {"enabled": self.bf16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+
+
+@dataclass
+class Stepped:
+    """What a rank saw, and what it holds.
+
+    Attributes:
+        weights: the compressed model's, whole.
+        records: the values of this rank's records by matrix and part.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    weights: Weights
+    records: dict[tuple[str, str], torch.Tensor]
+
+
+def steps_of(micro_batches: int) -> list[list[torch.Tensor]]:
+    """Of all ranks: so many micro batches a step."""
+    batches = token_batches(STEPS * micro_batches)
+    return [batches[step * micro_batches : (step + 1) * micro_batches] for step in range(STEPS)]
+
+
+def step_each(cases: Iterable[Case], folders: dict[bool, Path]) -> dict[Case, Stepped]:
+    """On one rank: take the steps of every case, in the base of `folders[tied]`."""
+    from pcscale.distributed.group import ProcessGroup
+
+    group = ProcessGroup()
+    found = {case: _step(case, folders[case.tied], group) for case in cases}
+    group.close()
+    return found
+
+
+def _step(case: Case, folder: Path, group: Any) -> Stepped:
+    from pcscale.base.resolve import BaseFolder
+    from pcscale.distributed.engine import DeepSpeedEngine
+    from pcscale.distributed.zero_base import ZeroBase
+
+    compression = Compression.of(folder)
+    base = compression.base
+    if case.base_home == "zero":
+        base = ZeroBase(BaseFolder(folder, "tiny", None), None, case.settings, group)
+    model = compression.model(torch.bfloat16 if case.bf16 else torch.float32)
+    engine = DeepSpeedEngine(model, case.settings, group)
+    optimizer = compression.optimizer(model, base=base, engine=engine)
+    module = engine.start(NextTokenLoss(model))
+    rank, world_size = group.topology.rank, group.topology.world_size
+    results = [
+        training_step(module, optimizer, batches[rank::world_size], case.accumulation, RATES.max_grad_norm)
+        for batches in steps_of(case.accumulation * world_size)
+    ]
+    return Stepped(
+        [result.loss for result in results],
+        [result.grad_norm for result in results],
+        {name: engine.value(name).float().clone() for name in sorted(dict(model.named_parameters()))},
+        {
+            (name, part): trained.value.float()
+            for name, record in optimizer.records.items()
+            for part, trained in record.parts.items()
+        },
+    )
