@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -47,6 +47,12 @@ for name, module in (
     ("report", report),
 ):
     app.command(name)(module.main)
+
+
+@app.callback()
+def _accept_launcher(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    # DeepSpeed's launcher says here what it has said in the environment too.
+    del local_rank
 
 
 def run() -> None:
