@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks import demo, gpu, memory, merge_7b, plan_time, quality, step_time, sweep_time
+from benchmarks import demo, gpu, memory, merge_7b, plan_time, quality, ranks, step_time, sweep_time
 from benchmarks.report import write_report
 from pcscale.common.console import console
 
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "memory-1b": (memory, memory.run_1b),
     "memory-8b": (memory, memory.run_8b),
     "state-quality": (quality, quality.run),
+    "ranks": (ranks, ranks.run),
     "gpu": (gpu, gpu.run),
 }
 

@@ -12,7 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_get_local_grad, safe_set_full_fp32_param
+import torch.nn.functional as F
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_local_grad,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from torch import nn
 
 from pcscale.distributed.group import ProcessGroup
@@ -131,7 +138,7 @@ class DeepSpeedEngine:
             if value.data_ptr() != parameter.data_ptr():
                 parameter.copy_(value)
         else:
-            safe_set_full_fp32_param(self._parameters[name], value.float())
+            self._set(name, value)
 
     def clear(self) -> None:
         self._settle()
@@ -144,8 +151,19 @@ class DeepSpeedEngine:
             if under_way is not None:
                 under_way.wait()
             if not self._whole:
-                safe_set_full_fp32_param(self._parameters[name], value.float())
+                self._set(name, value)
         self._sent.clear()
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        """Give DeepSpeed a new weight, of which it keeps this rank's part."""
+        parameter: Any = self._parameters[name]
+        if self._stage < 3:
+            safe_set_full_fp32_param(parameter, value)
+            return
+        # Its own call for whole values at stage 3 fails where ranks do not divide them (0.19.8): the last part is padded.
+        size = parameter.ds_tensor.numel()
+        part = value.flatten()[self.topology.rank * size :][:size]
+        safe_set_local_fp32_param(parameter, F.pad(part, (0, size - len(part))))
 
     def _empty(self, name: str) -> torch.Tensor:
         return torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)

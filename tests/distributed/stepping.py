@@ -11,6 +11,7 @@ from pcscale.compressed.loss import NextTokenLoss
 from pcscale.training.step import training_step
 from tests.projection.parts import Compression, token_batches
 from tests.reference import Rates, Weights
+from tests.tiny import build_base
 
 RATES = Rates()
 STEPS = 3
@@ -23,7 +24,7 @@ class Case(NamedTuple):
     offload: bool
     base_home: str
     accumulation: int
-    tied: bool
+    base: str
     bf16: bool = False
 
     @property
@@ -61,18 +62,31 @@ class Stepped:
     records: dict[tuple[str, str], torch.Tensor]
 
 
+def build_bases(folder: Path) -> dict[str, Path]:
+    """By name. What `odd` is cut to, two ranks cannot share evenly."""
+    return {
+        "tied": build_base(folder / "tied", "llama", True),
+        "untied": build_base(folder / "untied", "llama", False),
+        "odd": build_base(folder / "odd", "mistral", False),
+    }
+
+
+def compression_of(base: str, folder: Path) -> Compression:
+    return Compression.of(folder, **({"hidden_size": 21, "intermediate_size": 33} if base == "odd" else {}))
+
+
 def steps_of(micro_batches: int) -> list[list[torch.Tensor]]:
     """Of all ranks: so many micro batches a step."""
     batches = token_batches(STEPS * micro_batches)
     return [batches[step * micro_batches : (step + 1) * micro_batches] for step in range(STEPS)]
 
 
-def step_each(cases: Iterable[Case], folders: dict[bool, Path]) -> dict[Case, Stepped]:
-    """On one rank: take the steps of every case, in the base of `folders[tied]`."""
+def step_each(cases: Iterable[Case], folders: dict[str, Path]) -> dict[Case, Stepped]:
+    """On one rank: take the steps of every case."""
     from pcscale.distributed.group import ProcessGroup
 
     group = ProcessGroup()
-    found = {case: _step(case, folders[case.tied], group) for case in cases}
+    found = {case: _step(case, folders[case.base], group) for case in cases}
     group.close()
     return found
 
@@ -82,7 +96,7 @@ def _step(case: Case, folder: Path, group: Any) -> Stepped:
     from pcscale.distributed.engine import DeepSpeedEngine
     from pcscale.distributed.zero_base import ZeroBase
 
-    compression = Compression.of(folder)
+    compression = compression_of(case.base, folder)
     base = compression.base
     if case.base_home == "zero":
         base = ZeroBase(BaseFolder(folder, "tiny", None), None, case.settings, group)

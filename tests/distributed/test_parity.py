@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.stepping import RATES, Case, Stepped, step_each, steps_of
-from tests.projection.parts import Compression, copies
+from tests.distributed.stepping import RATES, Case, Stepped, build_bases, compression_of, step_each, steps_of
+from tests.projection.parts import copies
 from tests.reference import Reference
-from tests.tiny import build_base
 
 FLOAT32_TOLERANCE = 1e-3
 """Of a weight's movement, as in one process (tests/projection/test_equivalence.py)."""
@@ -20,29 +19,30 @@ BFLOAT16_TOLERANCE = 0.2
 ENGINES = ((0, False), (1, False), (2, False), (2, True), (3, False), (3, True))
 """Stage, and whether what it partitions is offloaded; stage 0 has nothing to offload."""
 FLOAT32 = [
-    Case(*engine, base_home, accumulation, tied)
-    for engine, base_home, accumulation, tied in itertools.product(ENGINES, ("disk", "zero"), (1, 2), (True, False))
-]
-BFLOAT16 = [Case(*engine, base_home, 2, True, True) for engine in ENGINES[1:] for base_home in ("disk", "zero")]
+    Case(*engine, base_home, accumulation, base)
+    for engine, base_home, accumulation, base in itertools.product(
+        ENGINES, ("disk", "zero"), (1, 2), ("tied", "untied")
+    )
+] + [Case(*engine, "zero", 1, "odd") for engine in ENGINES]
+BFLOAT16 = [Case(*engine, base_home, 2, "tied", True) for engine in ENGINES[1:] for base_home in ("disk", "zero")]
+BFLOAT16 += [Case(*engine, "disk", 1, "odd", True) for engine in ENGINES[1:]]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """Bases by whether their embeddings are tied."""
-    folder = tmp_path_factory.mktemp("bases")
-    return {tied: build_base(folder / f"{tied}", "llama", tied) for tied in (True, False)}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return build_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
-def stepped(request: pytest.FixtureRequest, folders: dict[bool, Path]) -> list[dict[Case, Stepped]]:
+def stepped(request: pytest.FixtureRequest, folders: dict[str, Path]) -> list[dict[Case, Stepped]]:
     """By rank, what all cases left; one start of the processes serves them all."""
     return run_on_ranks(request.param, step_each, FLOAT32 + BFLOAT16, folders)
 
 
 @cache
-def reference(folder: Path, micro_batches: int) -> Reference:
+def reference(base: str, folder: Path, micro_batches: int) -> Reference:
     """After the steps, with so many micro batches in each."""
-    compression = Compression.of(folder)
+    compression = compression_of(base, folder)
     reference = Reference(compression.plan.config, compression.weights, compression.kept, RATES)
     for batches in steps_of(micro_batches):
         reference.step(batches)
@@ -51,10 +51,11 @@ def reference(folder: Path, micro_batches: int) -> Reference:
 
 @pytest.mark.parametrize("case", FLOAT32, ids=str)
 def test_float32_steps_are_those_of_the_reference(
-    case: Case, stepped: list[dict[Case, Stepped]], folders: dict[bool, Path]
+    case: Case, stepped: list[dict[Case, Stepped]], folders: dict[str, Path]
 ) -> None:
-    folder = folders[case.tied]
-    expected, start = reference(folder, case.accumulation * len(stepped)), copies(Compression.of(folder).model())
+    folder = folders[case.base]
+    expected = reference(case.base, folder, case.accumulation * len(stepped))
+    start = copies(compression_of(case.base, folder).model())
     composed = {name: weight.detach() for name, weight in expected.composed().items()}
     assert composed.keys() == start.keys()
     for rank in stepped:
@@ -68,9 +69,9 @@ def test_float32_steps_are_those_of_the_reference(
 
 @pytest.mark.parametrize("case", BFLOAT16, ids=str)
 def test_bfloat16_steps_stay_close_to_the_reference(
-    case: Case, stepped: list[dict[Case, Stepped]], folders: dict[bool, Path]
+    case: Case, stepped: list[dict[Case, Stepped]], folders: dict[str, Path]
 ) -> None:
-    expected = reference(folders[case.tied], case.accumulation * len(stepped))
+    expected = reference(case.base, folders[case.base], case.accumulation * len(stepped))
     leaves = {
         (name, part): leaf.detach()
         for name, matrix in expected.matrices.items()
