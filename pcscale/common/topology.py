@@ -23,7 +23,7 @@ class Topology:
 
     @classmethod
     def launched(cls) -> "Topology":
-        """What torchrun, the deepspeed launcher or SLURM have told this process; one process where nobody has."""
+        """What torchrun or the deepspeed launcher has told this process; one process where neither has."""
         values = (os.environ.get(name, default) for name, default in _LAUNCHED.items())
         return cls(*map(int, values))
 
@@ -36,9 +36,14 @@ ONE_PROCESS = Topology()
 
 
 class Group(Protocol):
-    """What the processes of a run say to each other. Every rank makes the same calls in the same order."""
+    """What the processes of a run say to each other. Every rank makes the same calls in the same order.
+
+    Attributes:
+        device_name: of this rank's device; None: a lone process chooses.
+    """
 
     topology: Topology
+    device_name: str | None
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank gave, by rank, on every rank."""
@@ -53,6 +58,7 @@ class Alone:
     """One process: nobody to talk to."""
 
     topology = ONE_PROCESS
+    device_name: str | None = None
 
     def gather(self, value: Any) -> list[Any]:
         return [value]

@@ -46,6 +46,9 @@ class DeepSpeedEngine:
     Args:
         model: the compressed model.
         settings: of DeepSpeed, filled in (settings.py).
+
+    Memory: what the ZeRO stage says (deepspeed_configs/README.md); in a step the gradient that this rank works on, and
+    on every rank the weights of a round, until those of the next one are published.
     """
 
     gradients_on = "engine"
@@ -65,6 +68,9 @@ class DeepSpeedEngine:
 
     def start(self, loss_module: nn.Module) -> nn.Module:
         self._settle()
+        if self._stage == 3:
+            # Part by part: DeepSpeed's own start would put the whole model on each device first.
+            deepspeed.zero.Init(module=loss_module, config_dict_or_path=self._settings)
         listing = _Listing(list(self._parameters.values()))
         self._engine, *_ = deepspeed.initialize(model=loss_module, optimizer=listing, config=self._settings)
         return self._engine
@@ -73,6 +79,11 @@ class DeepSpeedEngine:
     def _whole(self) -> bool:
         """Whether every rank has every weight and its gradient in `parameter` itself."""
         return self._engine is None or self._stage == 0
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether those weights also lie where ranks compute and communicate: on a GPU only after the start."""
+        return self._whole and (self._engine is not None or self.device.type == "cpu")
 
     def backward(self, loss: torch.Tensor, accumulation: int) -> None:
         self._engine.backward(loss)
@@ -100,7 +111,9 @@ class DeepSpeedEngine:
             for parameter in self._parameters.values()
         ]
         square = torch.stack(squares).sum().item()
-        norm = (square if self._stage == 0 else self._group.sum([square])[0]) ** 0.5
+        # At stage 0 all have the same gradients; they take the first one's word for it, to the last bit.
+        counts = self._stage > 0 or self.topology.is_first
+        norm = self._group.sum([square if counts else 0.0])[0] ** 0.5
         self._scale = min(1.0, max_norm / (norm + 1e-6))
         return torch.tensor(norm)
 
@@ -110,14 +123,14 @@ class DeepSpeedEngine:
         for rank, name in enumerate(turn):
             if name is not None and (rank == self.topology.rank or not self._whole):
                 gradient = self._full_gradient(name)
-                mine = gradient if rank == self.topology.rank else mine
+                mine = gradient.mul_(self._scale) if rank == self.topology.rank else mine
         return mine
 
     def gradient(self, name: str) -> torch.Tensor:
-        return self._full_gradient(name)
+        return self._full_gradient(name).mul_(self._scale)
 
     def place(self, name: str) -> torch.Tensor:
-        if self._whole:
+        if self._in_place:
             return self._parameters[name].detach()
         self._placed[name] = self._empty(name)
         return self._placed[name]
@@ -126,41 +139,42 @@ class DeepSpeedEngine:
         self._settle()
         for rank, name in enumerate(turn):
             if name is not None:
-                value = self._parameters[name].detach() if self._whole else self._placed.pop(name, None)
+                value = self._parameters[name].detach() if self._in_place else self._placed.pop(name, None)
                 value = self._empty(name) if value is None else value
                 under_way = dist.broadcast(value, rank, async_op=True) if self.topology.world_size > 1 else None
                 self._sent.append((name, value, under_way))
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         self._settle()
-        if self._whole:
-            parameter = self._parameters[name].detach()
-            if value.data_ptr() != parameter.data_ptr():
-                parameter.copy_(value)
-        else:
-            self._set(name, value)
+        self._set(name, value)
 
     def clear(self) -> None:
         self._settle()
         self._engine.step()
         self._scale = 1.0
 
+    def stop(self) -> None:
+        self._engine.destroy()
+
     def _settle(self) -> None:
         """Wait for what has been published, and make it the model's."""
         for name, value, under_way in self._sent:
             if under_way is not None:
                 under_way.wait()
-            if not self._whole:
-                self._set(name, value)
+            self._set(name, value)
         self._sent.clear()
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         """Give DeepSpeed a new weight, of which it keeps this rank's part."""
         parameter: Any = self._parameters[name]
+        if self._whole:
+            if value.data_ptr() != parameter.data_ptr():
+                parameter.detach().copy_(value)
+            return
         if self._stage < 3:
             safe_set_full_fp32_param(parameter, value)
             return
-        # Its own call for whole values at stage 3 fails where ranks do not divide them (0.19.8): the last part is padded.
+        # Its own call for whole values fails at stage 3 where ranks do not divide them: the last part is padded.
         size = parameter.ds_tensor.numel()
         part = value.flatten()[self.topology.rank * size :][:size]
         safe_set_local_fp32_param(parameter, F.pad(part, (0, size - len(part))))
@@ -171,7 +185,7 @@ class DeepSpeedEngine:
     def _full_gradient(self, name: str) -> torch.Tensor:
         gradient = safe_get_full_grad(self._parameters[name])
         assert gradient is not None
-        return gradient.view(self._shapes[name]) * self._scale
+        return gradient.view(self._shapes[name])
 
     def _local_gradient(self, parameter: Any) -> torch.Tensor:
         """This rank's part of the reduced gradient, flat; at stage 0 all of it."""

@@ -20,7 +20,9 @@ warnings.filterwarnings(
 )
 
 _PATIENCE = timedelta(days=7)
-"""How long a rank waits for the others, which may merge or evaluate a large model. One that dies is noticed at once."""
+"""How long a rank waits for what others say, who may merge a large model meanwhile. gloo notices one that dies."""
+_PATIENCE_ON_DEVICES = timedelta(hours=1)
+"""How long for gradients and weights over NCCL, which does not notice."""
 
 
 class ProcessGroup:
@@ -34,25 +36,27 @@ class ProcessGroup:
     def __init__(self) -> None:
         _name_the_lone_process()
         prepare_ops()
-        if not dist.is_initialized():
-            deepspeed.init_distributed(timeout=_PATIENCE, verbose=False)
-        self.topology = Topology(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
         accelerator = get_accelerator()
         assert accelerator is not None
-        self.device = torch.device(accelerator.device_name(self.topology.local_rank))
-        if self.device.type == "cuda":
+        launched = Topology.launched()
+        self.device_name: str | None = accelerator.device_name(launched.local_rank)
+        self.device = torch.device(self.device_name)
+        on_host = self.device.type == "cpu"
+        if not dist.is_initialized():
+            deepspeed.init_distributed(timeout=_PATIENCE if on_host else _PATIENCE_ON_DEVICES, verbose=False)
+        self.topology = Topology(dist.get_rank(), dist.get_world_size(), launched.local_rank)
+        if not on_host:
             torch.cuda.set_device(self.device)
+        self._talk = None if on_host else dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self._talk)
         return values
 
     def sum(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64 if self.device.type == "cpu" else torch.float32).to(
-            self.device
-        )
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._talk)
         return total.tolist()
 
     def close(self) -> None:
@@ -72,5 +76,5 @@ def _name_the_lone_process() -> None:
 
 def is_about_a_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone."""
-    signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "nccl")
+    signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

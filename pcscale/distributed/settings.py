@@ -13,7 +13,9 @@ _OURS = {
     "optimizer": "pcscale is the optimizer",
     "scheduler": "pcscale sets the rates",
     "fp16": "pcscale runs in float32 or bfloat16",
+    "bfloat16": "it is called bf16",
 }
+_SECTIONS = ("zero_optimization", "bf16", "data_types")
 
 
 def read_engine_settings(path: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -31,6 +33,9 @@ def read_engine_settings(path: Path, config: RunConfig, world_size: int) -> dict
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise RequestError(f"{path} holds no settings: expected one JSON object.")
+    for key in _SECTIONS:
+        if not isinstance(settings.get(key, {}), dict):
+            raise RequestError(f"{path}: {key} is {settings[key]!r}: expected an object of settings.")
     for key, reason in _OURS.items():
         if settings.get(key) and not (isinstance(settings[key], dict) and settings[key].get("enabled") is False):
             raise RequestError(f"{path}: {key} has no place here: {reason}. Remove it.")
@@ -58,6 +63,8 @@ def read_engine_settings(path: Path, config: RunConfig, world_size: int) -> dict
     stage = zero_stage(filled)
     if stage not in (0, 1, 2, 3):
         raise RequestError(f"{path}: zero_optimization.stage is {stage!r}: expected 0, 1, 2 or 3.")
+    # A skipped step would leave DeepSpeed's offloaded gradients as they are for ever; pcscale skips them itself.
+    filled["bf16"]["check_grad_overflow"] = False
     filled |= {
         # pcscale clips each gradient when it is fetched: DeepSpeed clips too late for that, inside its step.
         "gradient_clipping": 0.0,

@@ -26,7 +26,8 @@ class ZeroBase(MappedBase):
         settings: of DeepSpeed, of which `zero_optimization.offload_param` counts; absent: host memory.
         group: the ranks.
 
-    Memory: the weights' bytes over the number of ranks; on each rank the gathered weight, and the one under way.
+    Memory: the weights' bytes over the number of ranks; on each rank the gathered weight, and those under way: the
+    next one of a sweep, the next layer of a pass through the model.
     """
 
     home = "zero"
@@ -46,7 +47,18 @@ class ZeroBase(MappedBase):
         self._under_way: dict[str, Any] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole weight, on every rank, in its stored dtype, where DeepSpeed gathers it."""
+        """The whole weight, on every rank, on the host and in its stored dtype.
+
+        Raises:
+            RequestError: the weight is not finite, or not the one that the run began with.
+            SaidElsewhere: so the first rank says.
+        """
+        return self._gather(name).to("cpu")
+
+    def weight(self, name: str) -> FrozenWeight:
+        return FrozenWeight(self._gather(name))
+
+    def _gather(self, name: str) -> torch.Tensor:
         if name not in self._parted:
             self._parted[name] = self._load(name)
         parted = self._parted[name]
@@ -55,9 +67,6 @@ class ZeroBase(MappedBase):
         whole = parted.data
         parted.partition()
         return whole
-
-    def weight(self, name: str) -> FrozenWeight:
-        return FrozenWeight(self.tensor(name))
 
     def prefetch(self, names: list[str]) -> None:
         """Begin to gather these weights; those that nobody has asked for yet are read ahead on the first rank."""

@@ -77,6 +77,10 @@ class Engine(Protocol):
         """Forget the gradients; what was published is the model's from now on."""
         ...
 
+    def stop(self) -> None:
+        """Let go of what `start` made: no other call follows."""
+        ...
+
 
 class LocalEngine:
     """One process that holds everything whole."""
@@ -128,3 +132,6 @@ class LocalEngine:
 
     def clear(self) -> None:
         self._gradients.clear()
+
+    def stop(self) -> None:
+        """It made nothing."""

@@ -121,7 +121,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self._role: dict[str, str] = {}
         for planned in plan.weights:
             if planned.name not in self._position:
-                self.direct[planned.name] = Trained.starting_at(self.engine.value(planned.name).float())
+                self.direct[planned.name] = Trained.starting_at(
+                    self.engine.value(planned.name).to(self.engine.device, torch.float32)
+                )
             role = "projected" if planned.name in self._position else "matrices" if planned.is_matrix else "vectors"
             self._role[planned.name] = role
             groups[role].append(parameters[planned.name])
@@ -168,7 +170,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         for name, trained in self.direct.items():
             if name in reached:
                 group = groups[self._role[name]]
-                gradient = self.engine.gradient(name).to(trained.value.device, torch.float32)
+                gradient = self.engine.gradient(name).to(self.engine.device, torch.float32)
                 update(trained, gradient, self._settings(group, group["lr"] * group["aux_ratio"]))
                 self.engine.replace(name, trained.value)
         self.updates += 1

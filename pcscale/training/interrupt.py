@@ -6,14 +6,17 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While the block runs, the first signal sets `asked`; a second one interrupts at once."""
+    """While the block runs, the first signal sets `asked`; a second Ctrl-C interrupts at once.
+
+    A SIGTERM after another signal does not: DeepSpeed's launcher sends one when it sees the Ctrl-C that ranks saw too.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.calibration.collect import collect_scores, read_scores, write_scores
 from pcscale.checkpoint.manifest import Manifest
@@ -16,8 +17,9 @@ from pcscale.common.console import console
 from pcscale.common.errors import BudgetError
 from pcscale.common.files import read_json, write_json
 from pcscale.common.together import first_alone, together
-from pcscale.common.topology import ALONE, Group
+from pcscale.common.topology import ALONE, Group, Topology
 from pcscale.common.units import format_bytes, format_count, parse_bytes
+from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import load_stock
 from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe
@@ -28,14 +30,16 @@ from pcscale.memory.estimate import merge_need_bytes, on_host_alone, plan_docume
 from pcscale.memory.tracker import PhaseUsage, machine, measured, release_freed
 from pcscale.merging.merge import merge
 from pcscale.projection.layout import check_rank, record_bytes
+from pcscale.projection.owners import owned_matrices
 from pcscale.projection.persist import read_kept
 from pcscale.projection.record_files import check_disk
 from pcscale.projection.residency import check_budget
+from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.reporting.report import write_report
 from pcscale.storage.blockwise import require_bitsandbytes
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
 from pcscale.training.loop import Training, evaluate_now, train
-from pcscale.training.processes import processes
+from pcscale.training.processes import check_processes, processes, said_once
 from pcscale.training.setup import Setup, build_training_parts, prepare, residency_of
 from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
 from pcscale.training.trackers import check_trackers
@@ -63,10 +67,14 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> 
         RunError: the run failed.
         Interrupted: the user asked to stop.
     """
+    folder = RunFolder(Path(config.output).expanduser())
     if dry_run:
-        return _begin(config, resume, dry_run, ALONE).document
+        said_once(lambda: check_processes(config))
+        return _begin(config, resume, folder.latest_checkpoint(), ALONE, dry_run).document
     with processes(config) as group:
-        begun = together(group, lambda: _begin(config, resume, dry_run, group))
+        # One rank looks, since two hosts may see a folder that they share at different times.
+        checkpoint = first_alone(group, folder.latest_checkpoint)
+        begun = together(group, lambda: _begin(config, resume, checkpoint, group))
         return _go_on(begun, config, resume)
 
 
@@ -81,16 +89,15 @@ class _Begun:
     manifest: Manifest | None
 
 
-def _begin(config: RunConfig, resume: bool, dry_run: bool, group: Group) -> _Begun:
+def _begin(config: RunConfig, resume: bool, checkpoint: Path | None, group: Group, dry_run: bool = False) -> _Begun:
     check_trackers(config)
     folder = RunFolder(Path(config.output).expanduser())
     check_output(folder, config, resume)
-    checkpoint = folder.latest_checkpoint()
     manifest = Manifest.read(checkpoint) if checkpoint else None
     setup = prepare(config, manifest.base_fingerprints if manifest else None, group)
     if checkpoint and manifest:
         check_checkpoint(manifest, setup.plan, config.method, setup.base)
-        check_batch(checkpoint, config, group.topology.world_size)
+        check_batch(checkpoint, config, Topology.launched().world_size)
     tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
     for sources in (config.data.train, config.data.validation or []):
         describe(sources)
@@ -147,10 +154,11 @@ def _check_records(setup: Setup, config: RunConfig, folder: RunFolder) -> None:
         require_bitsandbytes("base_precision int8" if config.base_precision == "int8" else "moments 8bit")
     if config.method == "projected":
         check_rank(setup.plan.matrices, config.rank)
-        sizes = [record_bytes(planned, record_format(config)) for planned in setup.plan.matrices]
-        check_budget(residency_of(config, folder), sizes)
+        sizes = {planned.name: record_bytes(planned, record_format(config)) for planned in setup.plan.matrices}
+        owned = owned_matrices(list(setup.plan.matrices), config.rank, setup.group.topology)
+        check_budget(residency_of(config, folder), [sizes[name] for name in owned])
         if config.residency == "disk":
-            check_disk(folder.residency.absolute(), sizes)
+            check_disk(folder.residency.absolute(), list(sizes.values()))
 
 
 def _say_plan(document: dict[str, Any]) -> None:
@@ -190,8 +198,10 @@ class _Run:
 
     def with_base(self, work: Callable[[], None]) -> None:
         """Do what only the first rank need do, on all ranks where they read the base together."""
-        group, base = self.setup.group, self.setup.base
-        together(group, lambda: work() if group.topology.is_first or base.collective else None)
+        if self.setup.base.collective:
+            work()
+        else:
+            first_alone(self.setup.group, work)
 
     def calibrate(self) -> None:
         config, setup = self.config, self.setup
@@ -236,13 +246,20 @@ class _Run:
         torch.manual_seed(config.seed)
         expected_codes = manifest.coded_fingerprints if manifest else None
         group = setup.group
-        loss_module, optimizer = together(
-            group, lambda: build_training_parts(setup, config, kept, self.folder, expected_codes)
-        )
+
+        def build() -> tuple[NextTokenLoss, ProjectedAdamW]:
+            return build_training_parts(setup, config, kept, self.folder, expected_codes)
+
+        if config.base_precision == "int8" and group.topology.world_size > 1:
+            # The first rank codes the base for all hosts.
+            first_alone(group, lambda: Int8Base(setup.base, self.folder.base_cache, expected_codes))
+        # Where the ranks read the base together, one that fails cannot wait for the others.
+        loss_module, optimizer = build() if setup.base.collective else together(group, build)
         per_step = config.sequences_per_step * group.topology.world_size
         state = TrainingState(data=self.tokens.fingerprint, sequences_per_step=per_step)
         if checkpoint and manifest:
             state = load_checkpoint(checkpoint, manifest, optimizer)
+            state.sequences_per_step = per_step
             console.say(f"resuming at step {state.step}")
         training = Training(
             config=config,
@@ -260,6 +277,7 @@ class _Run:
         if group.topology.is_first:
             cut_metrics(self.folder.metrics, state.step)
         train(training)
+        optimizer.engine.stop()
 
     def _evaluate_start(self, training: Training) -> None:
         started = time.monotonic()

@@ -27,7 +27,7 @@ def processes(config: RunConfig) -> Iterator[Group]:
         SaidElsewhere: something went wrong that another process says.
     """
     launched = Topology.launched()
-    said_once(lambda: _check(config, launched.world_size))
+    said_once(lambda: check_processes(config))
     if config.deepspeed is None:
         yield ALONE
         return
@@ -67,7 +67,13 @@ def said_once(work: Callable[[], Result]) -> Result:
         raise SaidElsewhere(error.exit_code) from error
 
 
-def _check(config: RunConfig, world_size: int) -> None:
+def check_processes(config: RunConfig) -> None:
+    """Refuse what cannot run on the processes that were started.
+
+    Raises:
+        RequestError: several and no DeepSpeed file, a file that contradicts run.yaml, or no deepspeed.
+    """
+    world_size = Topology.launched().world_size
     if config.deepspeed is None:
         if world_size > 1:
             raise RequestError(

@@ -57,13 +57,14 @@ def prepare(config: RunConfig, expected: dict[str, str] | None = None, group: Gr
     """
     source = resolve_base(config.base)
     base = _open_base(source, expected, config, group)
-    on_gpu = torch.cuda.is_available()
+    device = torch.device(group.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
     return Setup(
         source=source,
         base=base,
         plan=make_plan(base.family, base.config, config),
         group=group,
-        device=torch.device("cuda", group.topology.local_rank) if on_gpu else torch.device("cpu"),
+        device=device,
         # Without a GPU bfloat16 saves no time in the base's forward.
         base_dtype=torch.bfloat16 if on_gpu and config.bf16 else torch.float32,
         model_dtype=torch.bfloat16 if config.bf16 else torch.float32,

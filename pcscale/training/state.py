@@ -172,7 +172,7 @@ def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW)
     """
     trainer: dict[str, Any] = read_json(folder / TRAINER_NAME)
     try:
-        values: dict[str, Any] = {"sequences_per_step": 0} | trainer  # Which older checkpoints lack.
+        values: dict[str, Any] = {"sequences_per_step": 0} | trainer
         state = TrainingState(**{key: values[key] for key in asdict(TrainingState())})
         random_states = trainer["rng"]
     except (KeyError, TypeError) as error:

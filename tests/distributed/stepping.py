@@ -1,13 +1,17 @@
 """Optimizer steps of a tiny compression under DeepSpeed, as each rank takes them."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from pcscale.compressed.loss import NextTokenLoss
+from pcscale.config.load import check_values
+from pcscale.distributed.settings import read_engine_settings
 from pcscale.training.step import training_step
 from tests.projection.parts import Compression, token_batches
 from tests.reference import Rates, Weights
@@ -28,23 +32,13 @@ class Case(NamedTuple):
     bf16: bool = False
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """DeepSpeed's, as pcscale fills them in."""
+    def zero(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         if self.offload and self.stage == 3:
             zero["offload_param"] = {"device": "cpu"}
-        return {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": 0.0,
-            "bf16": {"enabled": self.bf16},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        return zero
 
 
 @dataclass
@@ -81,6 +75,21 @@ def steps_of(micro_batches: int) -> list[list[torch.Tensor]]:
     return [batches[step * micro_batches : (step + 1) * micro_batches] for step in range(STEPS)]
 
 
+def settings_of(case: Case, folder: Path, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's, filled in as a run's."""
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": case.zero}))
+    values = {
+        "base": "tiny",
+        "output": "run",
+        "data": {"train": "text"},
+        "bf16": case.bf16,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": case.accumulation,
+    }
+    return read_engine_settings(file, check_values(values, "test"), world_size)
+
+
 def step_each(cases: Iterable[Case], folders: dict[str, Path]) -> dict[Case, Stepped]:
     """On one rank: take the steps of every case."""
     from pcscale.distributed.group import ProcessGroup
@@ -96,18 +105,27 @@ def _step(case: Case, folder: Path, group: Any) -> Stepped:
     from pcscale.distributed.engine import DeepSpeedEngine
     from pcscale.distributed.zero_base import ZeroBase
 
+    rank, world_size = group.topology.rank, group.topology.world_size
+    own = folder / f"{world_size}-{rank}"
+    own.mkdir(exist_ok=True)
+    settings = settings_of(case, own, world_size)
     compression = compression_of(case.base, folder)
     base = compression.base
     if case.base_home == "zero":
-        base = ZeroBase(BaseFolder(folder, "tiny", None), None, case.settings, group)
+        base = ZeroBase(BaseFolder(folder, "tiny", None), None, settings, group)
     model = compression.model(torch.bfloat16 if case.bf16 else torch.float32)
-    engine = DeepSpeedEngine(model, case.settings, group)
+    engine = DeepSpeedEngine(model, settings, group)
     optimizer = compression.optimizer(model, base=base, engine=engine)
-    module = engine.start(NextTokenLoss(model))
-    rank, world_size = group.topology.rank, group.topology.world_size
+    module = _Spoilt(engine.start(NextTokenLoss(model)))
+    # A step whose loss is not finite on one rank is skipped by all, and leaves nothing behind.
+    module.spoil = rank == world_size - 1
+    batches = steps_of(case.accumulation * world_size)
+    skipped = training_step(module, optimizer, batches[0][rank::world_size], case.accumulation, RATES.max_grad_norm)
+    assert skipped.skipped
+    module.spoil = False
     results = [
-        training_step(module, optimizer, batches[rank::world_size], case.accumulation, RATES.max_grad_norm)
-        for batches in steps_of(case.accumulation * world_size)
+        training_step(module, optimizer, step[rank::world_size], case.accumulation, RATES.max_grad_norm)
+        for step in batches
     ]
     return Stepped(
         [result.loss for result in results],
@@ -119,3 +137,14 @@ def _step(case: Case, folder: Path, group: Any) -> Stepped:
             for part, trained in record.parts.items()
         },
     )
+
+
+class _Spoilt(nn.Module):
+    """A loss that is no number while `spoil` is set."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.spoil = module, False
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.module(ids_BT) * (torch.nan if self.spoil else 1.0)
