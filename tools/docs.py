@@ -12,14 +12,15 @@ SETTINGS = ROOT / "docs" / "settings.md"
 README = ROOT / "README.md"
 _TREE_START, _TREE_END = "<!-- tree: made by `make docs` -->\n", "<!-- /tree -->"
 _PACKAGES = (  # top first
-    *("cli", "training", "merging", "calibration", "evaluation", "reporting", "memory", "data", "projection"),
+    *("cli", "training", "merging", "calibration", "evaluation", "reporting", "distributed", "memory", "data", "projection"),
     *("base", "importance", "checkpoint", "compressed", "families", "storage", "config", "common"),
 )
 _BESIDE = {
-    "tools/": "merge_sharded.py (the merger as a script), docs.py (makes this tree), file_sizes.py",
+    "tools/": "merge_sharded.py (the merger as a script), docs.py (makes this tree), deepspeed_ops.py, file_sizes.py",
     "tests/": "folders mirror the package; tiny.py random checkpoints, reference.py the slow obvious step",
     "benchmarks/": "what the figures above come from, with dated reports",
-    "recipes/": "run.yaml files to start from",
+    "deepspeed_configs/": "DeepSpeed files, and which to take when",
+    "recipes/": "run.yaml files to start from, a SLURM script",
     "docs/": "settings, decisions, examples, how to add a family",
 }
 
