@@ -93,7 +93,7 @@ def test_a_file_leaves_to_run_yaml_what_is_decided_there(path: Path, config: Cal
     assert filled["train_micro_batch_size_per_gpu"] == 3
     assert filled["gradient_accumulation_steps"] == 5
     assert filled["train_batch_size"] == 3 * 5 * 4
-    assert filled["bf16"] == {"enabled": True}
+    assert filled["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert filled["data_types"] == {"grad_accum_dtype": "fp32"}
     assert filled["gradient_clipping"] == 0.0  # pcscale clips.
     assert filled["zero_optimization"] == json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
@@ -137,10 +137,17 @@ def test_a_contradiction_is_refused_with_both_values(
         ("scheduler", {"type": "WarmupLR"}, "pcscale sets the rates"),
         ("fp16", {"enabled": True}, "pcscale runs in float32 or bfloat16"),
         ("fp16", {"enabled": "auto"}, "pcscale runs in float32 or bfloat16"),
+        ("bfloat16", {"enabled": True}, "it is called bf16"),
     ],
 )
 def test_what_pcscale_brings_itself_is_refused(key: str, value: Any, reason: str, refused: Callable[..., str]) -> None:
     assert refused({key: value}) == f"FILE: {key} has no place here: {reason}. Remove it."
+
+
+@pytest.mark.parametrize("key", ["zero_optimization", "bf16", "data_types"])
+@pytest.mark.parametrize("value", [True, None, [1], "auto"])
+def test_a_section_that_is_no_object_is_refused(key: str, value: Any, refused: Callable[..., str]) -> None:
+    assert refused({key: value}) == f"FILE: {key} is {value!r}: expected an object of settings."
 
 
 @pytest.mark.parametrize("stage", [4, -1, "2", None])
@@ -181,7 +188,7 @@ def test_auto_takes_the_value_of_run_yaml_and_keys_of_other_matters_stay(
     filled = read_engine_settings(path, config(bf16=True), world_size=2)
     assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (2, 2)
     assert (filled["train_batch_size"], filled["gradient_clipping"]) == (8, 0.0)
-    assert filled["bf16"] == {"enabled": True}
+    assert filled["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert filled["fp16"] == {"enabled": False}
     assert filled["wall_clock_breakdown"] is False
     assert "auto" not in json.dumps(filled)
