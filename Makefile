@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/pcscale demo
 
 test: install deepspeed-ops
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: install
 	$(BIN)/ruff format --check .

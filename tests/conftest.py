@@ -1,11 +1,12 @@
 """Fixtures that many tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from pcscale.common.console import console
 from tests.tiny import build_base
 
 
@@ -24,3 +25,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool],
         return build_base(tmp_path_factory.mktemp(f"{family}-{'tied' if tied else 'untied'}"), family, tied)
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def silent_console() -> Iterator[None]:
+    """A command turns the console on, onto streams that are gone after it."""
+    yield
+    console.configure(quiet=True)

@@ -19,13 +19,12 @@ from tests.training.runs import (
     run,
     run_config,
     run_values,
-    silent_console,
     snapshot,
     world,
     write_yaml,
 )
 
-__all__ = ["config", "finished", "light_runs", "no_plots", "run", "silent_console", "world"]
+__all__ = ["config", "finished", "light_runs", "no_plots", "run", "world"]
 
 
 @pytest.fixture(scope="package")

@@ -1,5 +1,5 @@
 """Fixtures of tiny runs."""
 
-from tests.training.runs import light_runs, silent_console
+from tests.training.runs import light_runs
 
-__all__ = ["light_runs", "silent_console"]
+__all__ = ["light_runs"]

@@ -15,11 +15,10 @@ from tests.training.runs import (
     report_without_plots,
     run,
     run_config,
-    silent_console,
     world,
 )
 
-__all__ = ["config", "light_runs", "no_plots", "run", "silent_console", "world"]
+__all__ = ["config", "light_runs", "no_plots", "run", "world"]
 
 
 @pytest.fixture(scope="package")

@@ -14,7 +14,6 @@ import yaml
 from typer.testing import CliRunner
 
 from pcscale.cli.main import app
-from pcscale.common.console import console
 from pcscale.config.load import check_values
 from pcscale.config.schema import RunConfig
 from pcscale.reporting.report import summarize
@@ -160,13 +159,6 @@ def light_runs() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     os.fsync = sync
-
-
-@pytest.fixture(autouse=True)
-def silent_console() -> Iterator[None]:
-    """A command turns the console on, onto streams that are gone after it."""
-    yield
-    console.configure(quiet=True)
 
 
 def report_without_plots(run: Path) -> dict[str, Any]:
