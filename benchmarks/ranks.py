@@ -105,7 +105,7 @@ def _held(scratch: Path) -> list[Row]:
             (
                 f"records, moments and base of a rank, base_home {home}: one rank / two ranks",
                 f"{format_bytes(one)} / {format_bytes(two)}",
-                f"{two / one:.2f} of it; 0.55 at most",
+                f"{two / one:.3f} of it; 0.55 at most",
             )
         ]
     return rows
