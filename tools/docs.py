@@ -12,8 +12,9 @@ SETTINGS = ROOT / "docs" / "settings.md"
 README = ROOT / "README.md"
 _TREE_START, _TREE_END = "<!-- tree: made by `make docs` -->\n", "<!-- /tree -->"
 _PACKAGES = (  # top first
-    *("cli", "training", "merging", "calibration", "evaluation", "reporting", "distributed", "memory", "data", "projection"),
-    *("base", "importance", "checkpoint", "compressed", "families", "storage", "config", "common"),
+    *("cli", "training", "merging", "calibration", "evaluation", "reporting", "distributed"),
+    *("memory", "data", "projection", "base", "importance", "checkpoint", "compressed"),
+    *("families", "storage", "config", "common"),
 )
 _BESIDE = {
     "tools/": "merge_sharded.py (the merger as a script), docs.py (makes this tree), deepspeed_ops.py, file_sizes.py",
