@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -22,9 +23,26 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from pcscale.common.errors import RequestError
 from pcscale.distributed.group import ProcessGroup
 from pcscale.distributed.settings import zero_stage
 from pcscale.projection.owners import Round
+
+
+def check_settings(file: str, settings: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed itself would, before any work.
+
+    Args:
+        file: what the message calls them.
+
+    Raises:
+        RequestError: DeepSpeed cannot read them.
+    """
+    try:
+        DeepSpeedConfig(settings)
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RequestError(f"{file}: DeepSpeed refuses it: {reason}. See deepspeed_configs/README.md.") from error
 
 
 class _Listing(torch.optim.Optimizer):

@@ -33,12 +33,13 @@ def processes(config: RunConfig) -> Iterator[Group]:
         return
     from pcscale.distributed.group import ProcessGroup, is_about_a_peer
 
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     if not launched.is_first:
         # For the rest of this process: its results are the first one's too.
         console.configure(quiet=True)
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
-    # DeepSpeed prints; standard output belongs to the result.
-    with redirect_stdout(sys.stderr if launched.is_first else sys.stdout):
+        sys.stdout = nowhere
+    # DeepSpeed chats on standard output, which belongs to the result.
+    with redirect_stdout(nowhere):
         group = said_once(ProcessGroup)
         try:
             yield group

@@ -55,6 +55,11 @@ def prepare(config: RunConfig, expected: dict[str, str] | None = None, group: Gr
     Args:
         expected: fingerprints that the base must have, from a checkpoint.
     """
+    if config.deepspeed is not None and group is not ALONE:
+        from pcscale.distributed.engine import check_settings
+
+        settings = read_engine_settings(Path(config.deepspeed), config, group.topology.world_size)
+        check_settings(config.deepspeed, settings)
     source = resolve_base(config.base)
     base = _open_base(source, expected, config, group)
     device = torch.device(group.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -86,6 +86,18 @@ def test_a_request_that_all_ranks_find_wrong_is_refused_once(values: dict[str, A
     assert not run.exists()
 
 
+def test_a_file_that_deepspeed_refuses_is_refused_once_before_any_work(values: dict[str, Any], run: Path) -> None:
+    file = run.parent / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "mars"}}}))
+    codes, texts = begin(run, values | {"deepspeed": str(file)})
+    assert codes == [2, 2]
+    assert len(said(texts[0])) == 1
+    assert "deepspeed.json: DeepSpeed refuses it" in texts[0]
+    assert "'mars'" in texts[0]
+    assert texts[1] == ""
+    assert not run.exists()
+
+
 def test_ranks_without_a_deepspeed_file_are_refused(values: dict[str, Any], run: Path) -> None:
     codes, texts = begin(run, {key: value for key, value in values.items() if key != "deepspeed"})
     assert codes == [2, 2]
