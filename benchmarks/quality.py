@@ -15,8 +15,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from benchmarks.report import REPORTS, Row
+from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
-from pcscale.training.demo import cache_folder, fetch_smollm2, python_topics
+from pcscale.training.demo import fetch_smollm2, python_topics
 
 FULL = {"record_dtype": "float32", "moments": "32bit", "base_precision": "stored"}
 SMALL = {"record_dtype": "bfloat16", "moments": "8bit"}

@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from benchmarks.report import Row
+from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
-from pcscale.training.demo import cache_folder, fetch_smollm2, python_topics
+from pcscale.training.demo import fetch_smollm2, python_topics
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {

@@ -15,6 +15,7 @@ from benchmarks.counters import count_collectives
 from pcscale.base.held import HeldBase
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
+from pcscale.common.cache import cache_folder
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.distributed.engine import DeepSpeedEngine
@@ -24,13 +25,13 @@ from pcscale.families.plan import PlannedWeight
 from pcscale.families.widths import plan_widths
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
-from pcscale.memory.tracker import anonymous_bytes, release_freed
+from pcscale.memory.process import anonymous_bytes, release_freed
 from pcscale.projection.layout import RecordFormat, record_bytes, trainable_values
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
 from pcscale.projection.starts import selection_start
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.demo import cache_folder, fetch_smollm2
+from pcscale.training.demo import fetch_smollm2
 from pcscale.training.step import training_step
 
 WIDTHS = {"hidden_size": 387, "intermediate_size": 1032}

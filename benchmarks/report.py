@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pcscale.common.units import format_bytes
-from pcscale.memory.tracker import machine
+from pcscale.memory.process import machine
 
 REPORTS = Path(__file__).parent / "reports"
 Row = tuple[str, str, str]

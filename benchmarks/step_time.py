@@ -11,6 +11,7 @@ import torch
 from benchmarks.report import Row
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
+from pcscale.common.cache import cache_folder
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.families.widths import plan_keep
@@ -18,7 +19,7 @@ from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.projection.starts import selection_start
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.demo import cache_folder, fetch_smollm2
+from pcscale.training.demo import fetch_smollm2
 
 REPEATS = 5
 SEQUENCE_LENGTH = 256

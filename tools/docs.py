@@ -17,7 +17,8 @@ _PACKAGES = (  # top first
     *("families", "storage", "config", "common"),
 )
 _BESIDE = {
-    "tools/": "merge_sharded.py (the merger as a script), docs.py (makes this tree), deepspeed_ops.py, file_sizes.py",
+    "tools/": "merge_sharded.py (the merger as a script), memory_report.py (memory, predicted beside measured), "
+    "docs.py (makes this tree), deepspeed_ops.py, file_sizes.py",
     "tests/": "folders mirror the package; tiny.py random checkpoints, reference.py the slow obvious step",
     "benchmarks/": "what the figures above come from, with dated reports",
     "deepspeed_configs/": "DeepSpeed files, and which to take when",

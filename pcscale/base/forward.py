@@ -16,6 +16,7 @@ from torch import nn
 
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
+from pcscale.common.ledger import HIDDEN, ledger
 from pcscale.families.spec import Kind
 from pcscale.families.stock import empty_model
 
@@ -68,6 +69,8 @@ class LayerMajorModel:
             for group in self._groups(batches):
                 table_VH = self.base.tensor(self._embedding.name)
                 hidden = [self._embed(batch, table_VH) for batch in group]
+                waiting = sum(hidden_BTH.nbytes for hidden_BTH in hidden)
+                ledger.enter(HIDDEN, "host", waiting)
                 del table_VH
                 for layer, module in enumerate(self.layers):
                     last = layer + 1 == self.base.num_layers
@@ -80,7 +83,10 @@ class LayerMajorModel:
                 norm = self.module(self._norm.module)
                 with self._loaded(norm, [self._norm.name], f"{self._norm.module}."):
                     hidden = [norm(hidden_BTH.to(self.device)).to("cpu") for hidden_BTH in hidden]
-                yield hidden
+                try:
+                    yield hidden
+                finally:
+                    ledger.enter(HIDDEN, "host", -waiting)
 
     @torch.no_grad()
     def losses(self, batches: list[torch.Tensor], label: str) -> torch.Tensor:

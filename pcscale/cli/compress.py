@@ -21,6 +21,7 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check base, data, widths and output; print the plan; write nothing.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run also what is predicted not to fit.")] = False,
     json: JsonFlag = False,
     quiet: QuietFlag = False,
     debug: DebugFlag = False,
@@ -31,7 +32,7 @@ def main(
     from pcscale.training.processes import said_once
 
     config = said_once(lambda: load_run_config(run, overrides or []))
-    report = compress(config, resume=resume, dry_run=dry_run)
+    report = compress(config, resume=resume, dry_run=dry_run, force=force)
     if json:
         print_json(report)
     elif not dry_run:

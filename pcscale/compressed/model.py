@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pcscale.common.errors import RequestError
+from pcscale.common.ledger import WEIGHTS, home_of, ledger
 from pcscale.families.plan import Plan
 from pcscale.families.stock import empty_model, fill
 
@@ -33,6 +34,7 @@ def build_compressed(
         The model in training mode.
     """
     model = empty_model(plan.config)
+    ledger.keep(model, WEIGHTS, home_of(device), plan.parameters * dtype.itemsize)
     fill(model, {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()})
     nn.Module.to(model, device)  # Buffers, such as rotary frequencies.
     for parameter in model.parameters():
@@ -62,4 +64,5 @@ def load_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> "PreTr
         # transformers would go on with random values in their place.
         raise RequestError(f"{folder}: {min(found['missing_keys'])} is not in the weights. Copy the folder again.")
     nn.Module.to(model, device)
+    ledger.keep(model, WEIGHTS, home_of(device), sum(parameter.nbytes for parameter in model.parameters()))
     return model.eval()

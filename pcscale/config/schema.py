@@ -153,6 +153,9 @@ class RunConfig(BaseModel):
     motion overlap with compute. Units: bytes."""
     deepspeed: Annotated[str, Field(min_length=1)] | None = Field(default=None, json_schema_extra=_MEMORY)
     """A DeepSpeed configuration file, as in `deepspeed_configs/`. Absent: one process without DeepSpeed."""
+    memory_snapshot: bool = Field(default=False, json_schema_extra=_MEMORY)
+    """Record the allocator of a GPU while training, into `memory_snapshot.pickle` of the run folder, for torch's own
+    viewer (pytorch.org/memory_viz)."""
     max_memory: Size = Field(default="2GiB", json_schema_extra=_MEMORY)
     """Cap on the merge's anonymous memory, beside 300 MiB of interpreter. Units: bytes."""
 

@@ -7,6 +7,7 @@ publishes the new weight before `engine.step()`, which makes it the model's.
 At stage 0 every rank has every gradient after the backward pass, so that a step moves one reduction and one broadcast.
 """
 
+import math
 from typing import Any
 
 import deepspeed
@@ -24,6 +25,8 @@ from deepspeed.utils import (
 from torch import nn
 
 from pcscale.common.errors import RequestError
+from pcscale.common.ledger import ENGINE, GRADIENTS, WEIGHTS, ledger
+from pcscale.distributed.census import stored_bytes
 from pcscale.distributed.group import ProcessGroup
 from pcscale.distributed.settings import zero_stage
 from pcscale.projection.owners import Round
@@ -81,6 +84,8 @@ class DeepSpeedEngine:
         self._scale = 1.0
         self._placed: dict[str, torch.Tensor] = {}
         """What this rank publishes next, where the model's own weight is not whole."""
+        self._entered: dict[tuple[str, str], int] = {}
+        """In the ledger, by component and home; the model has entered its weights, whole, itself."""
         self._sent: list[tuple[str, torch.Tensor, Any]] = []
         """Broadcasts under way: while they are, the next matrices are worked on."""
 
@@ -91,6 +96,7 @@ class DeepSpeedEngine:
             deepspeed.zero.Init(module=loss_module, config_dict_or_path=self._settings)
         listing = _Listing(list(self._parameters.values()))
         self._engine, *_ = deepspeed.initialize(model=loss_module, optimizer=listing, config=self._settings)
+        self._enter_held()
         return self._engine
 
     @property
@@ -103,8 +109,12 @@ class DeepSpeedEngine:
         """Whether those weights also lie where ranks compute and communicate: on a GPU only after the start."""
         return self._whole and (self._engine is not None or self.device.type == "cpu")
 
+    def hold_gradients(self) -> None:
+        """DeepSpeed does as it does."""
+
     def backward(self, loss: torch.Tensor, accumulation: int) -> None:
         self._engine.backward(loss)
+        self._enter_held()
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # Which only counts the micro batch.
 
@@ -170,9 +180,26 @@ class DeepSpeedEngine:
         self._settle()
         self._engine.step()
         self._scale = 1.0
+        self._enter_held()
 
     def stop(self) -> None:
         self._engine.destroy()
+
+    def _enter_held(self) -> None:
+        """Say what DeepSpeed holds now."""
+        parameters = list(self._parameters.values())
+        weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        seen: set[int] = set()
+        held = {(WEIGHTS, home): size for home, size in stored_bytes(weights, seen).items()}
+        # The model's own entry, which is of whole weights, stays.
+        whole = sum(math.prod(self._shapes[name]) for name in self._parameters) * self.dtype.itemsize
+        held[WEIGHTS, "host"] = held.get((WEIGHTS, "host"), 0) - whole
+        held |= {(GRADIENTS, home): size for home, size in stored_bytes(gradients, seen).items()}
+        held |= {(ENGINE, home): size for home, size in stored_bytes(self._engine.optimizer, seen).items()}
+        for key in self._entered.keys() | held.keys():
+            ledger.enter(*key, held.get(key, 0) - self._entered.get(key, 0))
+        self._entered = held
 
     def _settle(self) -> None:
         """Wait for what has been published, and make it the model's."""

@@ -10,6 +10,9 @@ from pcscale.families.axes import FFN, PROJECTED_AXES, Q_HEADS, RESIDUAL, Sizes
 from pcscale.families.hf_config import compressed_config
 from pcscale.families.spec import Config, Family, Kind, Weight, is_tied, sizes_of
 
+Shapes = tuple[costs.Shape, costs.Shape]
+"""Of a matrix: the base's, and the compressed one."""
+
 
 @dataclass(frozen=True)
 class PlannedWeight:
@@ -55,7 +58,7 @@ class PlannedWeight:
         return costs.pull_back_flops(*self.shapes) if self.is_matrix else 0
 
     @property
-    def shapes(self) -> tuple[costs.Shape, costs.Shape]:
+    def shapes(self) -> Shapes:
         """Both shapes of a matrix."""
         (O, I), (o, i) = self.base_shape, self.shape
         return (O, I), (o, i)
@@ -95,6 +98,24 @@ class Plan:
     def matrices(self) -> Iterator[PlannedWeight]:
         return (planned for planned in self.weights if planned.is_matrix)
 
+    @cached_property
+    def alike(self) -> tuple[tuple[PlannedWeight, int], ...]:
+        """The matrices that are alike in kind and in both shapes: the first of them, and how many there are."""
+        found: dict[tuple[Kind, tuple[int, ...], tuple[int, ...]], list[PlannedWeight]] = {}
+        for planned in self.matrices:
+            found.setdefault((planned.weight.kind, planned.base_shape, planned.shape), []).append(planned)
+        return tuple((same[0], len(same)) for same in found.values())
+
+    @cached_property
+    def shapes(self) -> tuple[Shapes, ...]:
+        """Of every matrix, in the order of a forward pass."""
+        return tuple(planned.shapes for planned in self.matrices)
+
+    @cached_property
+    def base_layer_values(self) -> int:
+        """Values of the matrices of one layer of the base."""
+        return sum(math.prod(planned.base_shape) for planned in self.matrices if planned.weight.layer == 0)
+
     @property
     def num_layers(self) -> int:
         return self.base_config["num_hidden_layers"]
@@ -108,7 +129,7 @@ class Plan:
         """Tied embeddings counted once."""
         return sum(math.prod(planned.base_shape) for planned in self.weights)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(math.prod(planned.shape) for planned in self.weights)
 

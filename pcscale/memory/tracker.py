@@ -1,107 +1,226 @@
-"""What a phase really took: seconds, peak anonymous host memory, peak device memory."""
+"""What a run really takes: peaks and times by phase, moment and component, and memory over time.
 
-import ctypes
-import gc
-import re
+A thread samples the process some dozen times a second. Components that the ledger knows (common/ledger.py) are exact;
+working memory is the difference to what the process holds. Device peaks are the allocator's own, also exact.
+"""
+
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import psutil
+from pcscale.common.ledger import CONTEXT, LIBRARIES, WORKING, ledger
+from pcscale.memory.process import anonymous_bytes, file_bytes, release_freed, unique_bytes, written_bytes
+from pcscale.memory.series import Sample, Series
+from pcscale.memory.watchdog import Watchdog
 
-_STATUS = Path("/proc/self/status")
-_CPU_INFO = Path("/proc/cpuinfo")
-_RSS_ANON = re.compile(rb"RssAnon:\s+(\d+) kB")
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process: what no file backs (docs/decisions/0004). Elsewhere than Linux: all of it."""
-    if _STATUS.exists():
-        match = _RSS_ANON.search(_STATUS.read_bytes())
-        if match:
-            return int(match[1]) * 1024
-    return psutil.Process().memory_info().rss
+SNAPSHOT_ENTRIES = 100_000
+"""Events of a snapshot: the last ones."""
+INTERVAL_SECONDS = 0.05
+"""Between two samples: one takes some 60 microseconds."""
 
 
-def release_freed() -> None:
-    """Give memory that is free inside the allocator back to the system: glibc keeps gigabytes of small tensors."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-class AnonymousPeak:
-    """Samples anonymous memory on a thread while the block runs. Overhead: some ten microseconds a sample."""
-
-    def __init__(self, interval_seconds: float = 0.02) -> None:
-        self.interval_seconds = interval_seconds
-        self.peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def _sample(self) -> None:
-        while not self._stop.wait(self.interval_seconds):
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
-
-    def __enter__(self) -> "AnonymousPeak":
-        self.peak_bytes = anonymous_bytes()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+PEAKS = ("host_anonymous", "host_file", "host_unique", "pinned", "device", "device_reserved")
 
 
 @dataclass
-class PhaseUsage:
-    """What one phase took. Units: seconds, bytes."""
+class Usage:
+    """What a phase, or a moment of it, took at most. Units: seconds, bytes; None: not there, or not told.
+
+    Attributes:
+        written: to disks, in all.
+        components: by home and name, each one's own highest.
+    """
 
     seconds: float = 0.0
-    peak_host_anonymous_bytes: int = 0
-    peak_device_bytes: int | None = None  # None: there was no device beside the host
+    peak: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(PEAKS))
+    written: int = 0
+    components: dict[str, dict[str, int]] = field(default_factory=lambda: {"host": {}, "device": {}})
+    moments: dict[str, "Usage"] = field(default_factory=dict)
+
+    def raise_to(self, peaks: dict[str, int | None], components: dict[str, dict[str, int]]) -> None:
+        """Take what is higher than before."""
+        for name, num_bytes in peaks.items():
+            if num_bytes is not None:
+                self.peak[name] = max(self.peak[name] or 0, num_bytes)
+        for home, parts in components.items():
+            highest = self.components[home]
+            for name, num_bytes in parts.items():
+                highest[name] = max(highest.get(name, 0), num_bytes)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Usage":
+        """From what `document` gave."""
+        peaks = dict(values["peak"])
+        written = peaks.pop("written", 0)
+        moments = {name: cls.read(moment) for name, moment in values.get("moments", {}).items()}
+        return cls(values["seconds"], peaks, written, values["components"], moments)
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "seconds": self.seconds,
+            "peak": {**self.peak, "written": self.written},
+            "components": self.components,
+            "moments": {name: moment.document() for name, moment in self.moments.items()},
+        }
+
+
+class Tracker:
+    """Measures the phases of one run; a phase that is entered again, as after a resume, adds up.
+
+    Args:
+        phases: what an earlier part of the run took, by phase; changed in place.
+        series: its samples.
+        watchdog: warns when memory is nearly full; None: nobody does.
+    """
+
+    def __init__(self, phases: dict[str, Usage], series: Series, watchdog: Watchdog | None = None) -> None:
+        self.phases, self.series = phases, series
+        self._watchdog = watchdog
+        self._lock = threading.Lock()
+        self._phase: str | None = None
+        self._moment: str | None = None
+        self._libraries = self._context = 0
+        self._began = self._moment_began = time.monotonic()
+        self._earlier_seconds = series.last_seconds
+        self._written = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the block as a phase."""
+        release_freed()
+        self.settle()
+        usage = self.phases.setdefault(name, Usage())
+        self._phase, self._moment, self._written = name, None, written_bytes()
+        started = self._moment_began = time.monotonic()
+        stop = threading.Event()
+        sampler = threading.Thread(target=self._watch, args=(stop,), daemon=True)
+        _reset_device_peak()
+        ledger.listener = self
+        sampler.start()
+        try:
+            yield
+        finally:
+            ledger.listener = None
+            stop.set()
+            sampler.join()
+            self.change(None)
+            usage.raise_to({"host_unique": unique_bytes()}, {})
+            usage.seconds += time.monotonic() - started
+            self._phase = None
+
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(INTERVAL_SECONDS):
+            self._sample()
+
+    def settle(self) -> None:
+        """Take what nobody has entered for the libraries'."""
+        entered = sum(num_bytes for (home, _), num_bytes in ledger.held().items() if home != "device")
+        with self._lock:
+            self._libraries = max(0, anonymous_bytes() - entered)
+            self._context = _context_bytes()
+
+    def change(self, moment: str | None) -> None:
+        """Close the moment that ends here; on the thread that does the work."""
+        assert self._phase is not None
+        self._sample()
+        now, written = time.monotonic(), written_bytes()
+        with self._lock:
+            usage = self.phases[self._phase]
+            usage.written += written - self._written
+            for entry in (usage, self._of_moment(usage)):
+                if entry is not None:
+                    entry.raise_to(_device_peaks(self._context), {})
+            current = self._of_moment(usage)
+            if current is not None:
+                current.seconds += now - self._moment_began
+                current.written += written - self._written
+            self._moment, self._moment_began, self._written = moment, now, written
+            _reset_device_peak()
+
+    def _of_moment(self, usage: Usage) -> Usage | None:
+        return None if self._moment is None else usage.moments.setdefault(self._moment, Usage())
+
+    def _sample(self) -> None:
+        with self._lock:
+            if self._phase is None:
+                return
+            anonymous = anonymous_bytes()
+            host, device = self._components(anonymous)
+            pinned = sum(n for (home, _), n in ledger.held().items() if home == "pinned")
+            peaks = {"host_anonymous": anonymous, "host_file": file_bytes(), "pinned": pinned}
+            usage = self.phases[self._phase]
+            for entry in (usage, self._of_moment(usage)):
+                if entry is not None:
+                    entry.raise_to(peaks, {"host": host, "device": device})
+            seconds = self._earlier_seconds + time.monotonic() - self._began
+            self.series.add(Sample(seconds, self._phase, self._moment, host, device))
+        if self._watchdog is not None:
+            self._watchdog.look(host, device)
+
+    def _components(self, anonymous: int) -> tuple[dict[str, int], dict[str, int]]:
+        """What the host and the device hold now, by component."""
+        host: dict[str, int] = {LIBRARIES: self._libraries}
+        device: dict[str, int] = {}
+        for (home, component), num_bytes in ledger.held().items():
+            where = device if home == "device" else host
+            where[component] = where.get(component, 0) + num_bytes
+        # Memory that was taken but not written to yet is not there: the difference may be less than nothing.
+        host[WORKING] = max(0, anonymous - sum(host.values()))
+        if _on_gpu():
+            import torch
+
+            device[WORKING] = max(0, torch.cuda.memory_allocated() - sum(device.values()))
+            device[CONTEXT] = self._context
+        return host, device
 
 
 @contextmanager
-def measured(usage: dict[str, PhaseUsage], phase: str) -> Iterator[None]:
-    """Add what the block takes to a phase; a phase that is entered again, as after a resume, adds up."""
+def allocator_snapshot(path: Path | None) -> Iterator[None]:
+    """Record a GPU's allocator during the block, into a file for torch's viewer; None: nothing is recorded."""
+    if path is None:
+        yield
+        return
     import torch
 
-    entry = usage.setdefault(phase, PhaseUsage())
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    started, peak = time.monotonic(), AnonymousPeak()
+    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     try:
-        with peak:
-            yield
+        yield
     finally:
-        entry.seconds += time.monotonic() - started
-        entry.peak_host_anonymous_bytes = max(entry.peak_host_anonymous_bytes, peak.peak_bytes)
-        if on_gpu:
-            entry.peak_device_bytes = max(entry.peak_device_bytes or 0, torch.cuda.max_memory_allocated())
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on. Units: bytes."""
+def _on_gpu() -> bool:
     import torch
 
-    model = "unknown"
-    if _CPU_INFO.exists():
-        match = re.search(r"model name\s*:\s*(.+)", _CPU_INFO.read_text())
-        model = match[1] if match else model
-    return {
-        "cpu": model,
-        "cores": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "memory_bytes": psutil.virtual_memory().total,
-    }
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _reset_device_peak() -> None:
+    if _on_gpu():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _context_bytes() -> int:
+    """What of the device is taken beside torch's allocator: its context, and whatever others hold of it."""
+    if not _on_gpu():
+        return 0
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return max(0, total - free - torch.cuda.memory_reserved())
+
+
+def _device_peaks(context: int) -> dict[str, int | None]:
+    if not _on_gpu():
+        return {}
+    import torch
+
+    peaks = {"device": torch.cuda.max_memory_allocated(), "device_reserved": torch.cuda.max_memory_reserved()}
+    return {name: num_bytes + context for name, num_bytes in peaks.items()}

@@ -11,7 +11,7 @@ import torch
 
 from pcscale.base.weight import FrozenWeight
 from pcscale.families.costs import out_side_first
-from pcscale.memory.estimate import MERGE_BLOCK
+from pcscale.memory.working import MERGE_BLOCK
 from pcscale.projection.algebra import Projection, Side
 
 

@@ -36,8 +36,8 @@ from pcscale.common.units import format_bytes
 from pcscale.families.hf_config import CONFIG_NAME
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.importance.select import KeptIndices
-from pcscale.memory.estimate import merge_need_bytes
-from pcscale.memory.tracker import AnonymousPeak
+from pcscale.memory.process import AnonymousPeak
+from pcscale.memory.working import merge_need_bytes
 from pcscale.merging.blocks import Workspace, blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
@@ -161,6 +161,26 @@ def merge(
     )
 
 
+def try_writer(plan: Plan, base: MappedBase, folder: Path, max_shard_bytes: int) -> None:
+    """Open the largest file of a merge in a folder and discard it: the target can be written, and has room for it.
+
+    Raises:
+        RequestError, RunError: it cannot, or has not.
+    """
+    dtypes = {planned.name: TORCH_DTYPES[base.dtype(planned.name)] for planned in plan.weights}
+    shards = lay_out(plan, dtypes, max_shard_bytes)
+    largest = max(shards, key=lambda shard: sum(tensor_bytes(planned, dtypes) for planned in shard.weights))
+    path = folder / largest.name
+    with _shard_writer(path, largest, dtypes):
+        pass
+    path.unlink()
+
+
+def _shard_writer(path: Path, shard: Shard, dtypes: dict[str, torch.dtype]) -> ShardWriter:
+    shapes = {planned.name: (dtypes[planned.name], planned.shape) for planned in shard.weights}
+    return ShardWriter(path, shapes, {"format": "pt"})
+
+
 @contextmanager
 def trained_weights(
     checkpoint: Path, manifest: Manifest, base: MappedBase, beside: Path
@@ -253,8 +273,7 @@ def _write_shard(
     dtypes: dict[str, torch.dtype],
     advance: Callable[[float, str], None],
 ) -> None:
-    shapes = {planned.name: (dtypes[planned.name], planned.shape) for planned in shard.weights}
-    with ShardWriter(path, shapes, {"format": "pt"}) as writer, ThreadPoolExecutor(1, "verify") as pool:
+    with _shard_writer(path, shard, dtypes) as writer, ThreadPoolExecutor(1, "verify") as pool:
         ahead = deque(pool.submit(_verified, source, planned) for planned in shard.weights[:VERIFY_AHEAD])
         for position, planned in enumerate(shard.weights):
             weight, record = ahead.popleft().result()

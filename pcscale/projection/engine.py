@@ -33,6 +33,10 @@ class Engine(Protocol):
         """Take the model over; returns the module to call from now on. Before, every rank holds all of it."""
         ...
 
+    def hold_gradients(self) -> None:
+        """Before a step of several micro batches: take memory for all gradients, where that is ours to say."""
+        ...
+
     def backward(self, loss: torch.Tensor, accumulation: int) -> None:
         """Accumulate the gradients of one of so many micro batches; with the last they are those of the step."""
         ...
@@ -95,6 +99,9 @@ class LocalEngine:
 
     def start(self, loss_module: nn.Module) -> nn.Module:
         return loss_module
+
+    def hold_gradients(self) -> None:
+        self._gradients.hold()
 
     def backward(self, loss: torch.Tensor, accumulation: int) -> None:
         (loss / accumulation).backward()

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pcscale.common.ledger import MOMENTS, RECORD_BUFFERS, RECORDS, home_of, ledger
 from pcscale.common.units import aligned
 from pcscale.projection.layout import TensorSpec
 from pcscale.projection.record import views_of
@@ -67,6 +68,7 @@ class DeviceHome:
 
     def __init__(self, layouts: Layouts, device: torch.device) -> None:
         self._layouts = layouts
+        enter_records(self, layouts, home_of(device))
         self._buffers = {
             name: torch.zeros(record_size(layout), dtype=torch.uint8, device=device) for name, layout in layouts.items()
         }
@@ -93,11 +95,13 @@ class HostHome:
     def __init__(self, layouts: Layouts, device: torch.device, device_bytes: int, traffic: Traffic) -> None:
         self._layouts = layouts
         self._memory = HostBytes(sum(aligned(record_size(layout)) for layout in layouts.values()))
+        enter_records(self, layouts, self._memory.home)
         self._memory.bytes.zero_()
         places = Arena(self._memory.bytes)
         self._buffers = {name: places.take(record_size(layout)) for name, layout in layouts.items()}
-        self._working = Arena(torch.empty(device_bytes, dtype=torch.uint8, device=device))
+        self._working = Arena(torch.zeros(device_bytes, dtype=torch.uint8, device=device))
         self._traffic = traffic
+        ledger.keep(self, RECORD_BUFFERS, home_of(device), device_bytes)
 
     def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         _fill(self._buffers[name], self._layouts[name], tensors)
@@ -153,6 +157,14 @@ def given_back(arena: Arena, buffer: torch.Tensor) -> Iterator[None]:
 
 def record_size(layout: dict[str, TensorSpec]) -> int:
     return sum(spec.num_bytes for spec in layout.values())
+
+
+def enter_records(owner: Home, layouts: Layouts, home: str) -> None:
+    """Say what a home of records holds in memory."""
+    for component, of_moments in ((RECORDS, False), (MOMENTS, True)):
+        specs = ((name, spec) for layout in layouts.values() for name, spec in layout.items())
+        num_bytes = sum(spec.num_bytes for name, spec in specs if ("." in name) == of_moments)
+        ledger.keep(owner, component, home, num_bytes)
 
 
 def _fill(buffer: torch.Tensor, layout: dict[str, TensorSpec], tensors: dict[str, torch.Tensor]) -> None:

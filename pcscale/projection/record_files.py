@@ -11,6 +11,7 @@ import torch
 
 from pcscale.common.errors import RunError
 from pcscale.common.files import TEMPORARY_PREFIX, link_or_copy, said_plainly, sync_to_disk, temporary_beside
+from pcscale.common.ledger import PINNED_BUFFERS, RECORD_BUFFERS, home_of, ledger
 from pcscale.common.units import format_bytes
 from pcscale.projection.homes import Layouts, Traffic, copy_bytes, given_back, record_size
 from pcscale.projection.layout import TensorSpec
@@ -74,9 +75,11 @@ class DiskHome:
             # Between a file and the device.
             self._memory = HostBytes(staging_bytes)
             self._staging = Arena(self._memory.bytes)
+            ledger.keep(self, PINNED_BUFFERS, self._memory.home, staging_bytes)
         self._working = Arena(
-            torch.empty(staging_bytes if device.type == "cpu" else device_bytes, dtype=torch.uint8, device=device)
+            torch.zeros(staging_bytes if device.type == "cpu" else device_bytes, dtype=torch.uint8, device=device)
         )
+        ledger.keep(self, RECORD_BUFFERS, home_of(device), self._working.num_bytes)
 
     def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         header = self._headers[name]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from pcscale.common.errors import RequestError
+from pcscale.common.ledger import DIRECT, home_of, ledger
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.importance.select import KeptIndices
 from pcscale.projection import algebra
@@ -127,6 +128,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
             role = "projected" if planned.name in self._position else "matrices" if planned.is_matrix else "vectors"
             self._role[planned.name] = role
             groups[role].append(parameters[planned.name])
+        ledger.keep(self, DIRECT, home_of(self.engine.device), self._direct_bytes())
         decay = {"projected": weight_decay, "matrices": weight_decay, "vectors": 0.0}
         aux_ratio = 1.0 if aux_lr is None else aux_lr / lr
         super().__init__(
@@ -136,6 +138,15 @@ class ProjectedAdamW(torch.optim.Optimizer):
                 if members
             ],
             {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_ratio},
+        )
+
+    def _direct_bytes(self) -> int:
+        """Moments of what is trained without a projection, and its values where they are not the parameters."""
+        return sum(
+            tensor.nbytes
+            for name, trained in self.direct.items()
+            for _, tensor in trained.tensors(name)
+            if tensor.data_ptr() != self.engine.value(name).data_ptr()
         )
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:

@@ -1,50 +1,19 @@
-"""The curves of a run as matplotlib figures, drawn without pyplot, so nothing outside a figure changes."""
+"""The plots of a run as matplotlib figures: its curves here, all of them in one table."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from pcscale.reporting.bar_plots import plot_bytes_per_step, plot_memory_by_component, plot_step_time
+from pcscale.reporting.drawing import BLUE, INK, VERMILLION, downsample, dress, new_figure, ratio, smooth
+from pcscale.reporting.memory_plots import plot_memory_over_time
 from pcscale.reporting.run_data import RunData
 
-MAX_POINTS = 2_000
 SMOOTHING_STARTS_AT = 200  # steps; a shorter run is readable as it is
 MARKERS_END_AT = 40  # points; beyond it the line alone is clearer
-
-# Okabe and Ito's colours, told apart with any colour vision and in grey print.
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#6B7280", "#1F2937"
-
-Series = tuple[np.ndarray, np.ndarray]
-
-
-def downsample(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> Series:
-    """Means over equal buckets, at most `max_points` of them; NaN in `y` counts only where a bucket has nothing else.
-
-    Args:
-        x: positions, `[n]`.
-        y: values, `[n]`; NaN is a gap.
-        max_points: the bound on the result.
-    """
-    if len(x) <= max_points:
-        return x, y
-    starts = np.arange(0, len(x), math.ceil(len(x) / max_points))
-    present = np.isfinite(y)
-    sizes = np.diff(starts, append=len(x))
-    return np.add.reduceat(x, starts) / sizes, _ratio(
-        np.add.reduceat(np.where(present, y, 0.0), starts), np.add.reduceat(present.astype(float), starts)
-    )
-
-
-def smooth(y: np.ndarray, window: int) -> np.ndarray:
-    """The running mean around each value over what is there; a gap stays a gap."""
-    present = np.isfinite(y)
-    kernel = np.ones(window)
-    sums = np.convolve(np.where(present, y, 0.0), kernel, mode="same")
-    counts = np.convolve(present.astype(float), kernel, mode="same")
-    return _ratio(sums, np.where(present, counts, 0.0))
 
 
 def plot_loss(data: RunData) -> Figure:
@@ -56,7 +25,7 @@ def plot_loss(data: RunData) -> Figure:
         held_out.insert(0, (0, start["loss"]))
     if held_out:
         x, y = downsample(*np.array(held_out, dtype=float).T)
-        axes.plot(x, y, color=ORANGE, marker="o", markersize=4.5, linewidth=1.2, label="held-out")
+        axes.plot(x, y, color=VERMILLION, marker="o", markersize=4.5, linewidth=1.2, label="held-out")
     if base := data.evaluation.get("base"):
         axes.axhline(base["loss"], color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label="base, held-out")
     axes.legend(frameon=False, fontsize=9)
@@ -84,32 +53,43 @@ def plot_tokens_per_second(data: RunData) -> Figure:
     """Training tokens per second of each step."""
     figure, axes = _new_plot("Training speed", "tokens per second")
     tokens = np.diff(_values([step.tokens for step in data.steps]), prepend=0.0)
-    _draw(axes, _steps(data), _ratio(tokens, _values([step.seconds for step in data.steps])), "speed")
+    _draw(axes, _steps(data), ratio(tokens, _values([step.seconds for step in data.steps])), "speed")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
     return figure
 
 
-PLOTS: dict[str, Callable[[RunData], Figure]] = {
+CURVES: dict[str, Callable[[RunData], Figure]] = {
     "loss": plot_loss,
     "learning_rate": plot_learning_rate,
     "grad_norm": plot_grad_norm,
     "tokens_per_second": plot_tokens_per_second,
 }
+PLOTS: dict[str, Callable[[RunData], Figure | None]] = {
+    **CURVES,
+    "memory_over_time": plot_memory_over_time,
+    "memory_by_component": plot_memory_by_component,
+    "step_time": plot_step_time,
+    "bytes_per_step": plot_bytes_per_step,
+}
+"""Every plot by the name of its file; None: the run holds nothing to draw it from."""
+
+
+def figures(data: RunData) -> Iterator[tuple[str, Figure]]:
+    """The plots that the run has something for, by name."""
+    for name, plot in PLOTS.items():
+        figure = plot(data) if data.steps or name not in CURVES else None
+        if figure is not None:
+            yield name, figure
 
 
 def _new_plot(title: str, unit: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    figure = new_figure(6.0, 3.4)
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
+    dress(axes, title)
     axes.set_xlabel("optimizer step", color=INK)
     axes.set_ylabel(unit, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#E5E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, labelsize=9)
     return figure, axes
 
 
@@ -131,8 +111,3 @@ def _steps(data: RunData) -> np.ndarray:
 def _values(values: Sequence[float | None]) -> np.ndarray:
     """None becomes NaN, which matplotlib draws as a gap."""
     return np.array(values, dtype=float)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """NaN where there is nothing to divide by."""
-    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)

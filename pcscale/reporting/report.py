@@ -4,9 +4,12 @@ import io
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from pcscale.common.files import publish, said_plainly, temporary_beside, write_json, write_text
+from pcscale.reporting import side_by_side
 from pcscale.reporting.page import render_page
-from pcscale.reporting.plots import PLOTS
+from pcscale.reporting.plots import PLOTS, figures
 from pcscale.reporting.run_data import RunData, read_run
 
 PLOT_DPI = 180
@@ -23,9 +26,14 @@ def write_report(run: Path) -> dict[str, Any]:
     """
     data = read_run(run)
     report = summarize(data)
-    images = {name: _png(data, name) for name in PLOTS} if data.steps else {}
-    for name, image in images.items():
-        _write_image(run / "plots" / f"{name}.png", image)
+    images = {name: _png(figure) for name, figure in figures(data)}
+    for name in PLOTS:
+        path = run / "plots" / f"{name}.png"
+        if name in images:
+            _write_image(path, images[name])
+        else:
+            with said_plainly(path):
+                path.unlink(missing_ok=True)
     write_text(run / "report.html", render_page(data, report, images))
     write_json(run / "report.json", report)
     return report
@@ -33,7 +41,8 @@ def write_report(run: Path) -> dict[str, Any]:
 
 def summarize(data: RunData) -> dict[str, Any]:
     """The figures of a run, predicted beside measured; None where the run has not got there."""
-    phases = _phases(data)
+    phases = side_by_side.phases(data)
+    step_bytes = side_by_side.bytes_per_step(data)
     on_device = any(phase["device"] for phase in phases.values())
     return {
         "run": str(data.run),
@@ -44,14 +53,19 @@ def summarize(data: RunData) -> dict[str, Any]:
             "device": _highest(phases, "device") if on_device else None,
         },
         "phases": phases,
-        "training": _training(data),
+        "written_bytes_per_step": step_bytes["written"],
+        "communicated_bytes_per_step": step_bytes["communicated"],
+        "alternatives": side_by_side.alternatives(data),
+        "devices": data.plan.get("devices") if data.plan else None,
+        "limits": data.usage.get("limits") if data.usage else None,
+        "step_seconds": side_by_side.step_seconds(data),
+        "training": _training(data, step_bytes["moved"]),
         "merge": data.merge,
     }
 
 
-def _training(data: RunData) -> dict[str, Any]:
+def _training(data: RunData, moved: dict[str, Any]) -> dict[str, Any]:
     steps = data.steps
-    swept = [step.moved_bytes for step in steps if not step.skipped]
     return {
         "steps": len(steps),
         "tokens": steps[-1].tokens if steps else 0,
@@ -59,27 +73,9 @@ def _training(data: RunData) -> dict[str, Any]:
         "final_loss": next((step.loss for step in reversed(steps) if step.loss is not None), None),
         "best_eval_loss": min((step.eval_loss for step in steps if step.eval_loss is not None), default=None),
         "skipped_steps": sum(step.skipped for step in steps),
-        "moved_bytes_per_step": sum(swept) / len(swept) if swept else 0,
-        "least_moved_bytes_per_step": sum(data.plan.get("moved", {}).values()) if data.plan else None,
+        "moved_bytes_per_step": moved["measured_bytes"],
+        "least_moved_bytes_per_step": (moved["predicted_bytes"] or 0) if data.plan else None,
     }
-
-
-def _phases(data: RunData) -> dict[str, Any]:
-    """Every phase that was planned or has run, in that order."""
-    predicted = data.plan["peak"] if data.plan else {}
-    measured = data.usage["phases"] if data.usage else {}
-    phases = {}
-    for name in dict.fromkeys([*predicted, *measured]):
-        plan, usage = predicted.get(name, {}), measured.get(name, {})
-        host_bytes, device_bytes = usage.get("peak_host_anonymous_bytes"), usage.get("peak_device_bytes")
-        phases[name] = {
-            "seconds": usage.get("seconds"),
-            "host_anonymous": {"predicted_bytes": plan.get("host_bytes"), "measured_bytes": host_bytes},
-            "device": None
-            if device_bytes is None
-            else {"predicted_bytes": plan.get("device_bytes"), "measured_bytes": device_bytes},
-        }
-    return phases
 
 
 def _highest(phases: dict[str, Any], memory: str) -> dict[str, int | None]:
@@ -90,9 +86,9 @@ def _highest(phases: dict[str, Any], memory: str) -> dict[str, int | None]:
     }
 
 
-def _png(data: RunData, name: str) -> bytes:
+def _png(figure: Figure) -> bytes:
     image = io.BytesIO()
-    PLOTS[name](data).savefig(image, format="png", dpi=PLOT_DPI)
+    figure.savefig(image, format="png", dpi=PLOT_DPI)
     return image.getvalue()
 
 

@@ -1,6 +1,7 @@
 """What a run folder holds, read once and checked: the input of every report."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pcscale.config.schema import RunConfig
 
 SETTINGS_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
+_WITHOUT_SERIES = "Restore the file, or delete it for a report without memory over time."
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One entry of memory.json: what was held at one time."""
+
+    seconds: float
+    """Since the run began. Units: seconds."""
+    phase: str
+    moment: str | None
+    """The part of training that ran; None: between two, or another phase."""
+    host: dict[str, int]
+    """Units: bytes by component."""
+    device: dict[str, int]
+    """Empty: there is no device beside the host. Units: bytes by component."""
+
+
+@dataclass(frozen=True)
 class RunData:
     """A run as far as it has got."""
 
@@ -52,6 +69,8 @@ class RunData:
     """Some of `base`, `start`, `compressed` and `sample`; empty: nothing is evaluated yet."""
     merge: dict[str, Any] | None
     usage: dict[str, Any] | None
+    memory: tuple[Sample, ...] | None
+    """None: the run kept no series."""
 
 
 def read_run(run: Path) -> RunData:
@@ -77,6 +96,7 @@ def read_run(run: Path) -> RunData:
         evaluation=_read_document(run / "evaluation.json", ()) or {},
         merge=_read_document(run / "merge.json", ("bytes_written", "shards")),
         usage=_read_document(run / "usage.json", ("phases", "machine")),
+        memory=_read_memory(run / "memory.json"),
     )
 
 
@@ -91,6 +111,38 @@ def _read_document(path: Path, expected_keys: tuple[str, ...]) -> dict[str, Any]
     if missing:
         raise RequestError(f"{path} has no '{missing[0]}', expected {', '.join(expected_keys)}. Restore the file.")
     return document
+
+
+def _read_memory(path: Path) -> tuple[Sample, ...] | None:
+    """The series in `path`; None where there is no such file."""
+    document = _read_document(path, ("samples",))
+    if document is None:
+        return None
+    if not isinstance(document["samples"], list):
+        kind = type(document["samples"]).__name__
+        raise RequestError(f"{path} has a {kind} under 'samples', expected a list. {_WITHOUT_SERIES}")
+    return tuple(_sample(value, f"{path} sample {number}") for number, value in enumerate(document["samples"], 1))
+
+
+def _sample(value: Any, where: str) -> Sample:
+    names = ("seconds", "phase", "moment", "host", "device")
+    if not isinstance(value, dict) or any(name not in value for name in names):
+        found = f"has only {', '.join(value) or 'nothing'}" if isinstance(value, dict) else f"is {value!r}"
+        raise RequestError(f"{where} {found}, expected {', '.join(names)}. {_WITHOUT_SERIES}")
+    sample = Sample(*(value[name] for name in names))
+    if not _is_number(sample.seconds):
+        raise RequestError(f"{where}: seconds is {sample.seconds!r}, expected a number. {_WITHOUT_SERIES}")
+    if not isinstance(sample.phase, str) or not isinstance(sample.moment, str | None):
+        found = f"phase is {sample.phase!r} and moment {sample.moment!r}"
+        raise RequestError(f"{where}: {found}, expected a name and a name or null. {_WITHOUT_SERIES}")
+    for home, held in (("host", sample.host), ("device", sample.device)):
+        if not isinstance(held, dict) or not all(_is_number(num_bytes) for num_bytes in held.values()):
+            raise RequestError(f"{where}: {home} is {held!r}, expected bytes by component. {_WITHOUT_SERIES}")
+    return sample
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_steps(path: Path) -> tuple[Step, ...]:

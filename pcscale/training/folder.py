@@ -27,6 +27,7 @@ FREE_TO_CHANGE = frozenset(
         "keep_checkpoints",
         "max_skipped_steps",
         "max_memory",
+        "memory_snapshot",
         "max_shard_size",
         "report_to",
         "gradient_checkpointing",
@@ -80,6 +81,14 @@ class RunFolder:
         return self.path / "usage.json"
 
     @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
+
+    @property
+    def memory_snapshot(self) -> Path:
+        return self.path / "memory_snapshot.pickle"
+
+    @property
     def merged(self) -> Path:
         return self.path / "merged"
 
@@ -116,7 +125,7 @@ class RunFolder:
     def clear_results(self) -> None:
         """Forget what a run without a checkpoint has left: it begins anew, maybe on other text."""
         tokens = self.path / TOKENS_NAME
-        for path in (tokens, self.scores, self.metrics, self.evaluation, self.merge_result, self.usage):
+        for path in (tokens, self.scores, self.metrics, self.evaluation, self.merge_result, self.usage, self.memory):
             path.unlink(missing_ok=True)
 
     def records_of(self, rank: int) -> Path:

@@ -19,7 +19,7 @@ from pcscale.data.tokens import count_text_bytes, load_tokenizer, read_sequences
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.families.hf_config import read_config
 from pcscale.families.plan import Plan
-from pcscale.memory.tracker import AnonymousPeak
+from pcscale.memory.process import AnonymousPeak
 from pcscale.merging.verify import check_bytes, check_models
 from pcscale.training.folder import RunFolder
 from pcscale.training.pipeline import calibration_batches

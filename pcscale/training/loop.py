@@ -15,11 +15,13 @@ from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.common.errors import Interrupted, RunError
 from pcscale.common.files import said_plainly
+from pcscale.common.ledger import ledger
 from pcscale.common.together import together
 from pcscale.common.topology import Group
 from pcscale.config.schema import RunConfig
 from pcscale.data.loader import step_batches
 from pcscale.evaluation.perplexity import mean_loss
+from pcscale.memory.process import settle
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.folder import RunFolder
 from pcscale.training.interrupt import StopRequest
@@ -153,12 +155,16 @@ def _take_step(training: Training) -> dict[str, Any]:
 def evaluate_now(training: Training, label: str = "evaluate") -> float:
     """The held-out loss of the compressed model as it is."""
     batch, device = training.config.per_device_train_batch_size, training.optimizer.engine.device
-    return mean_loss(training.loss_module, training.validation_MT, batch, label, device, training.group)
+    with ledger.during("evaluate"):
+        loss = mean_loss(training.loss_module, training.validation_MT, batch, label, device, training.group)
+    settle(device)
+    return loss
 
 
 def _save(training: Training) -> None:
     folder = training.folder.checkpoint(training.state.step)
-    save_checkpoint(folder, training.state, training.optimizer, training.base, training.config, training.group)
+    with ledger.during("checkpoint"):
+        save_checkpoint(folder, training.state, training.optimizer, training.base, training.config, training.group)
     if training.group.topology.is_first:
         training.folder.prune_checkpoints(training.config.keep_checkpoints)
 

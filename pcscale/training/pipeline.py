@@ -14,11 +14,11 @@ from pcscale.base.mapped import MappedBase
 from pcscale.calibration.collect import collect_scores, read_scores, write_scores
 from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.console import console
-from pcscale.common.errors import BudgetError
 from pcscale.common.files import read_json, write_json
+from pcscale.common.ledger import ledger
 from pcscale.common.together import first_alone, together
 from pcscale.common.topology import ALONE, Group, Topology
-from pcscale.common.units import format_bytes, format_count, parse_bytes
+from pcscale.common.units import parse_bytes
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import load_stock
 from pcscale.config.schema import RunConfig
@@ -26,21 +26,20 @@ from pcscale.data.text import describe
 from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.importance.select import KeptIndices, select
-from pcscale.memory.estimate import merge_need_bytes, on_host_alone, plan_document, record_format
-from pcscale.memory.tracker import PhaseUsage, machine, measured, release_freed
+from pcscale.memory.limits import device_in_use, device_limit, host_in_use, host_limit
+from pcscale.memory.process import machine, release_freed
+from pcscale.memory.series import Series
+from pcscale.memory.tracker import Tracker, Usage, allocator_snapshot
+from pcscale.memory.watchdog import Watchdog
 from pcscale.merging.merge import merge
-from pcscale.projection.layout import check_rank, record_bytes
-from pcscale.projection.owners import owned_matrices
 from pcscale.projection.persist import read_kept
-from pcscale.projection.record_files import check_disk
-from pcscale.projection.residency import check_budget
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.reporting.report import write_report
-from pcscale.storage.blockwise import require_bitsandbytes
+from pcscale.training.fitting import check_fit, check_requests, predict, say_plan, try_merge
 from pcscale.training.folder import RunFolder, check_output, cut_metrics, open_run
 from pcscale.training.loop import Training, evaluate_now, train
 from pcscale.training.processes import check_processes, processes, said_once
-from pcscale.training.setup import Setup, build_training_parts, prepare, residency_of
+from pcscale.training.setup import Setup, build_training_parts, prepare
 from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
 from pcscale.training.trackers import check_trackers
 
@@ -51,30 +50,33 @@ SAMPLE_PROMPT_TOKENS = 24
 SAMPLE_NEW_TOKENS = 48
 
 
-def compress(config: RunConfig, resume: bool = False, dry_run: bool = False) -> dict[str, Any]:
+def compress(config: RunConfig, resume: bool = False, dry_run: bool = False, force: bool = False) -> dict[str, Any]:
     """Run the job that the settings describe.
 
     Args:
         resume: go on with the run in the output folder; where there is none, begin one.
         dry_run: check base, data, widths and output, and return the plan; nothing is written.
+        force: begin also what is predicted not to fit.
 
     Returns:
         What report.json holds; with `dry_run` what plan.json would hold.
 
     Raises:
         RequestError: the request is wrong; found before anything is written where it can be.
-        BudgetError: the merge's cap is too small.
+        BudgetError: the run does not fit the memory or the disk that there is, or the merge's cap is too small.
         RunError: the run failed.
         Interrupted: the user asked to stop.
     """
     folder = RunFolder(Path(config.output).expanduser())
     if dry_run:
         said_once(lambda: check_processes(config))
-        return _begin(config, resume, folder.latest_checkpoint(), ALONE, dry_run).document
+        begun = _begin(config, resume, force, folder.latest_checkpoint(), ALONE, dry_run)
+        say_plan(begun.document, begun.setup, config, folder)
+        return begun.document
     with processes(config) as group:
         # One rank looks, since two hosts may see a folder that they share at different times.
         checkpoint = first_alone(group, folder.latest_checkpoint)
-        begun = together(group, lambda: _begin(config, resume, checkpoint, group))
+        begun = together(group, lambda: _begin(config, resume, force, checkpoint, group))
         return _go_on(begun, config, resume)
 
 
@@ -89,7 +91,9 @@ class _Begun:
     manifest: Manifest | None
 
 
-def _begin(config: RunConfig, resume: bool, checkpoint: Path | None, group: Group, dry_run: bool = False) -> _Begun:
+def _begin(
+    config: RunConfig, resume: bool, force: bool, checkpoint: Path | None, group: Group, dry_run: bool = False
+) -> _Begun:
     check_trackers(config)
     folder = RunFolder(Path(config.output).expanduser())
     check_output(folder, config, resume)
@@ -101,13 +105,11 @@ def _begin(config: RunConfig, resume: bool, checkpoint: Path | None, group: Grou
     tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
     for sources in (config.data.train, config.data.validation or []):
         describe(sources)
-    document = plan_document(setup.plan, config, setup.base.name)
-    if setup.device.type == "cpu":
-        document = on_host_alone(document)
-    _check_merge_cap(setup, config)
+    check_requests(setup, config, folder)
+    document = predict(setup, config)
     if not dry_run and group.topology.is_first:
         folder.clear_residency()
-    _check_records(setup, config, folder)
+    check_fit(document, setup, config, folder, force)
     return _Begun(setup, tokenizer, document, checkpoint, manifest)
 
 
@@ -121,7 +123,8 @@ def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
         if not checkpoint:
             folder.clear_results()
         write_json(folder.plan, begun.document)
-        _say_plan(begun.document)
+        say_plan(begun.document, begun.setup, config, folder)
+        try_merge(begun.setup, config, folder)
         run.prepare_tokens()
 
     # The other ranks find the tokens that the first one has prepared.
@@ -141,36 +144,6 @@ def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
     return first_alone(group, lambda: write_report(folder.path))
 
 
-def _check_merge_cap(setup: Setup, config: RunConfig) -> None:
-    """A cap that the last part cannot keep is refused before the first."""
-    least = merge_need_bytes(setup.plan, config.rank)
-    if parse_bytes(config.max_memory) < least:
-        raise BudgetError(f"max_memory {config.max_memory} is too small for the merge: give at least {least} bytes.")
-
-
-def _check_records(setup: Setup, config: RunConfig, folder: RunFolder) -> None:
-    """A rank or a budget that training cannot keep is refused before any work."""
-    if config.base_precision == "int8" or config.moments == "8bit":
-        require_bitsandbytes("base_precision int8" if config.base_precision == "int8" else "moments 8bit")
-    if config.method == "projected":
-        check_rank(setup.plan.matrices, config.rank)
-        sizes = {planned.name: record_bytes(planned, record_format(config)) for planned in setup.plan.matrices}
-        owned = owned_matrices(list(setup.plan.matrices), config.rank, setup.group.topology)
-        check_budget(residency_of(config, folder), [sizes[name] for name in owned])
-        if config.residency == "disk":
-            check_disk(folder.residency.absolute(), list(sizes.values()))
-
-
-def _say_plan(document: dict[str, Any]) -> None:
-    base, compressed = document["base"], document["compressed"]
-    host = max(peak["host_bytes"] for peak in document["peak"].values())
-    console.say(
-        f"{base['name']}: {format_count(base['parameters'])} → {format_count(compressed['parameters'])} parameters "
-        f"({compressed['keep_fraction']:.1%}), hidden {compressed['hidden_size']}, "
-        f"ffn {compressed['intermediate_size']}; predicted host peak {format_bytes(host)}"
-    )
-
-
 @dataclass
 class _Run:
     """The parts of one job, each of which leaves its result in the run folder."""
@@ -182,7 +155,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         phases = read_json(self.folder.usage)["phases"] if self.folder.usage.exists() else {}
-        self.usage = {name: PhaseUsage(**values) for name, values in phases.items()}
+        self.limits = {"host": (host_limit(), host_in_use), "device": (device_limit(), device_in_use)}
+        self.tracker = Tracker(
+            {name: Usage.read(values) for name, values in phases.items()},
+            Series.read(self.folder.memory),
+            Watchdog(self.limits) if self.setup.group.topology.local_rank == 0 else None,
+        )
         self.tokens: TokenSets
 
     def prepare_tokens(self) -> None:
@@ -235,17 +213,33 @@ class _Run:
             first_alone(self.setup.group, lambda: cut_metrics(self.folder.metrics, manifest.step))
             return
         try:
-            with self._phase("train"):
+            with (
+                self._phase("train"),
+                allocator_snapshot(self.folder.memory_snapshot if config.memory_snapshot else None),
+            ):
                 self._train(kept, checkpoint, manifest)
         finally:
             self.folder.clear_records(self.setup.group.topology.rank)
         release_freed()
 
     def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
-        config, setup = self.config, self.setup
+        config, group = self.config, self.setup.group
         torch.manual_seed(config.seed)
+        with ledger.during("start"):
+            training = self._build(kept, checkpoint, manifest)
+            release_freed()
+            ledger.settle()
+        if not checkpoint and "start" not in self.evaluation():
+            self._evaluate_start(training)
+        if group.topology.is_first:
+            cut_metrics(self.folder.metrics, training.state.step)
+        train(training)
+        training.optimizer.engine.stop()
+
+    def _build(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> Training:
+        """Model and optimizer at their start, or where the checkpoint left them."""
+        config, setup, group = self.config, self.setup, self.setup.group
         expected_codes = manifest.coded_fingerprints if manifest else None
-        group = setup.group
 
         def build() -> tuple[NextTokenLoss, ProjectedAdamW]:
             return build_training_parts(setup, config, kept, self.folder, expected_codes)
@@ -261,7 +255,7 @@ class _Run:
             state = load_checkpoint(checkpoint, manifest, optimizer)
             state.sequences_per_step = per_step
             console.say(f"resuming at step {state.step}")
-        training = Training(
+        return Training(
             config=config,
             folder=self.folder,
             base=setup.base,
@@ -272,12 +266,6 @@ class _Run:
             validation_MT=self.tokens.validation_MT,
             state=state,
         )
-        if not checkpoint and "start" not in self.evaluation():
-            self._evaluate_start(training)
-        if group.topology.is_first:
-            cut_metrics(self.folder.metrics, state.step)
-        train(training)
-        optimizer.engine.stop()
 
     def _evaluate_start(self, training: Training) -> None:
         started = time.monotonic()
@@ -337,12 +325,19 @@ class _Run:
     def _phase(self, name: str) -> Iterator[None]:
         """Measure the block and leave the figures in usage.json, also when it fails."""
         try:
-            with measured(self.usage, name):
+            with self.tracker.phase(name):
                 yield
         finally:
-            phases = {name: asdict(usage) for name, usage in self.usage.items()}
             if self.setup.group.topology.is_first:
-                write_json(self.folder.usage, {"phases": phases, "machine": machine()})
+                phases = {name: usage.document() for name, usage in self.tracker.phases.items()}
+                (host, _), (device, _) = self.limits["host"], self.limits["device"]
+                limits = {
+                    "host_bytes": host.num_bytes,
+                    "host_source": host.source,
+                    "device_bytes": device.num_bytes,
+                }
+                write_json(self.folder.usage, {"phases": phases, "machine": machine(), "limits": limits})
+                self.tracker.series.write(self.folder.memory)
 
 
 def calibration_batches(train_NT: torch.Tensor, config: RunConfig) -> list[torch.Tensor]:

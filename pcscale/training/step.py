@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pcscale.common.ledger import ledger
+from pcscale.memory.process import settle
 from pcscale.projection.sweep import ProjectedAdamW
 
 
@@ -40,14 +42,21 @@ def training_step(
     """
     engine = optimizer.engine
     total = torch.zeros((), device=engine.device)
+    if accumulation > 1:
+        engine.hold_gradients()
     for ids_BT in micro_batches:
-        loss = loss_module(ids_BT.to(engine.device))
-        engine.backward(loss, accumulation)
+        with ledger.during("forward"):
+            loss = loss_module(ids_BT.to(engine.device))
+        with ledger.during("backward"):
+            engine.backward(loss, accumulation)
         total += loss.detach() / accumulation
     mean = engine.mean(total)
-    grad_norm = optimizer.clip_grad_norm_(max_grad_norm)
-    skipped = not (math.isfinite(mean) and math.isfinite(grad_norm.item()))
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    settle(engine.device)
+    with ledger.during("sweep"):
+        grad_norm = optimizer.clip_grad_norm_(max_grad_norm)
+        skipped = not (math.isfinite(mean) and math.isfinite(grad_norm.item()))
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=accumulation == 1)
+    settle(engine.device)
     return StepResult(mean, grad_norm.item(), skipped)

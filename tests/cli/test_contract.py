@@ -25,7 +25,15 @@ FLAGS = {
     "verify": [],
     "report": [],
 }
-PLAN_KEYS = {"base", "compressed", "trainable", "flops", "moved", "memory", "peak"}
+PLAN_KEYS = {"base", "compressed", "trainable", "flops", "moved", "memory", "peak"} | {
+    "written_bytes_per_step",
+    "communicated_bytes_per_step",
+    "step_seconds",
+    "phases",
+    "disk",
+    "alternatives",
+    "ranks",
+}
 MERGE_KEYS = {
     "output",
     "tensors",
@@ -203,12 +211,12 @@ def test_messages_go_to_standard_error(world: World, tmp_path: Path, no_plots: N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "x", "--bogus"], "No such option: --bogus. `pcscale plan --help` lists what there is."),
+        (["plan", "x", "--boqqus"], "No such option: --boqqus. `pcscale plan --help` lists what there is."),
         (["frobnicate"], "No such command 'frobnicate'. `pcscale --help` lists what there is."),
         (["plan"], "Missing argument 'base'. `pcscale plan --help` lists what there is."),
         (["merge", "x", "--output", "y"], "Missing option '--base'. `pcscale merge --help` lists what there is."),
         (["plan", "x", "--keep", "half"], "Invalid value for '--keep': "),
-        (["compress", "run.yaml", "--force"], "No such option: --force"),
+        (["compress", "run.yaml", "--forte"], "No such option: --forte"),
     ],
 )
 def test_a_wrong_flag_or_argument_is_said_in_a_line(arguments: list[str], message: str) -> None:

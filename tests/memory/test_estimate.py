@@ -7,52 +7,49 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pcscale.base import forward
-from pcscale.base.int8 import Int8Base
+from pcscale.common import ledger
 from pcscale.compressed import loss
-from pcscale.config.schema import DataConfig, RunConfig
-from pcscale.memory.estimate import (
-    LIBRARY_BYTES,
-    PHASES,
-    checkpoint_bytes,
-    merge_need_bytes,
-    moved_bytes,
-    on_host_alone,
-    phase_peaks,
-    plan_document,
-    train_components,
+from pcscale.memory import components, step_time, working
+from pcscale.memory.components import (
+    ACTIVATIONS,
+    LOGITS,
+    calibrate_parts,
+    evaluate_parts,
+    merge_parts,
+    train_moments,
 )
-from pcscale.projection.layout import RecordFormat, overlap_bytes, record_bytes
+from pcscale.memory.estimate import (
+    PHASES,
+    alternatives,
+    checkpoint_bytes,
+    communicated_bytes_per_step,
+    disk_parts,
+    merged_bytes,
+    peaks,
+    phase_parts,
+    plan_document,
+    written_bytes_per_step,
+)
+from pcscale.memory.hardware import HARDWARE
+from pcscale.memory.place import Place, ZeroForm
+from pcscale.projection.layout import RecordFormat, record_bytes
 from pcscale.projection.persist import write_outer, write_records
-from pcscale.projection.residency import Residency
-from pcscale.projection.sweep import ProjectedAdamW
+from tests.memory.plans import (
+    COMPONENTS,
+    FORMS,
+    GPU,
+    HEADER_SHARE,
+    HOST,
+    KEYS,
+    ON_GPU_ALONE,
+    PLACES,
+    settings,
+    sums,
+    with_vocabulary,
+)
 from tests.projection.parts import Compression, TinyBase
-from tests.tiny import CASES
-
-HEADER_SHARE = 0.1
-"""Of a tiny checkpoint: safetensors headers and kept indices, which the estimate leaves out."""
-COMPONENTS = {
-    "compressed weights",
-    "gradients",
-    "frozen base",
-    "records",
-    "moments",
-    "record buffers",
-    "pinned buffers",
-    "norms and biases",
-    "base on its way",
-    "base in flight",
-    "sweep temporaries",
-    "activations",
-    "logits",
-    "libraries",
-}
-
-
-def settings(**changes: Any) -> RunConfig:
-    return RunConfig(base="-", output="-", data=DataConfig(train=["-"]), **changes)
 
 
 @pytest.fixture
@@ -60,173 +57,100 @@ def compression(tiny_base: TinyBase) -> Compression:
     return Compression.of(tiny_base("llama", False))
 
 
-def held_bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("method", ["projected", "hard_prune"])
-@pytest.mark.parametrize(("family", "tied"), CASES)
-def test_state_is_predicted_to_the_byte(family: str, tied: bool, method: str, bf16: bool, tiny_base: TinyBase) -> None:
-    compression = Compression.of(tiny_base(family, tied))
-    model = compression.model(torch.bfloat16 if bf16 else torch.float32)
-    optimizer = compression.optimizer(model, project=method == "projected")
-    parts = [part for record in optimizer.records.values() for part in record.parts.values()]
-    direct = list(optimizer.direct.values())
-    own = [part.value for part in direct if part.value.data_ptr() not in {p.data_ptr() for p in model.parameters()}]
-    held = {
-        "compressed weights": held_bytes(list(model.parameters())),
-        "gradients": 4 * sum(parameter.numel() for parameter in model.parameters()),
-        "records": held_bytes([part.value for part in parts]),
-        "moments": held_bytes([moment for part in parts for moment in (part.exp_avg, part.exp_avg_sq)]),
-        "norms and biases": held_bytes([moment for part in direct for moment in (part.exp_avg, part.exp_avg_sq)] + own),
-        "base in flight": 4 * compression.weights["model.embed_tokens.weight"].numel() if optimizer.records else 0,
-    }
-    predicted = train_components(compression.plan, settings(method=method, bf16=bf16))
-    assert {name: predicted[name].num_bytes for name in held} == held
-
-
-def test_every_component_is_positive_and_has_a_home(compression: Compression) -> None:
-    components = train_components(compression.plan, settings())
-    assert components.keys() == COMPONENTS
-    unused = {"record buffers", "pinned buffers"}
-    assert {name for name, component in components.items() if not component.num_bytes} == unused
-    homes = {"libraries": "host", "pinned buffers": "host", "frozen base": "disk"}
-    assert {name: component.home for name, component in components.items()} == {
-        name: homes.get(name, "device") for name in COMPONENTS
-    }
-
-
-@pytest.mark.parametrize(("rank", "base_precision", "weight_decay"), [(None, "stored", 0.0), (4, "int8", 0.1)])
-@pytest.mark.parametrize("residency", ["device", "cpu", "disk"])
-@pytest.mark.parametrize("moments", ["32bit", "8bit"])
-@pytest.mark.parametrize("record_dtype", ["float32", "bfloat16"])
-def test_records_of_every_form_and_home_are_predicted_to_the_byte(
-    record_dtype: str,
-    moments: str,
-    residency: str,
-    rank: int | None,
-    base_precision: str,
-    weight_decay: float,
-    tiny_base: TinyBase,
-    tmp_path: Path,
-) -> None:
-    compression = Compression.of(tiny_base("llama", True))
-    config = settings(
-        record_dtype=record_dtype,
-        moments=moments,
-        residency=residency,
-        projection_rank=rank or "full",
-        base_precision=base_precision,
-        weight_decay=weight_decay,
-    )
-    base = compression.base
-    if base_precision == "int8":
-        base = Int8Base(base, tmp_path / "base-int8.safetensors")
-    optimizer = ProjectedAdamW(
-        compression.model(),
-        compression.plan,
-        base,
-        compression.kept,
-        weight_decay=weight_decay,
-        form=RecordFormat(config.record_dtype, config.moments, config.rank),
-        residency=Residency(config.residency, tmp_path / "records"),
-    )
-    optimizer.records.traffic.base_read = 0
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    tensors = [record.tensors() for record in optimizer.records.values()]
-    predicted = train_components(compression.plan, config)
-    found = {
-        "records": held_bytes([tensor for record in tensors for name, tensor in record.items() if "." not in name]),
-        "moments": held_bytes([tensor for record in tensors for name, tensor in record.items() if "." in name]),
-        "frozen base": sum(base.weight(planned.name).num_bytes for planned in compression.plan.matrices),
-    }
-    assert {name: predicted[name].num_bytes for name in found} == found
-    traffic = optimizer.records.traffic
-    moved = moved_bytes(compression.plan, config)
-    assert moved == {
-        "base": traffic.base_read,
-        "records_read": moved["records_written"],
-        "records_written": traffic.records_written,
-    }
-
-
-def test_buffers_are_those_that_residency_takes(compression: Compression, tmp_path: Path) -> None:
-    sizes = [record_bytes(planned, RecordFormat()) for planned in compression.plan.matrices]
-    whole = train_components(compression.plan, settings(residency="disk"))
-    assert whole["record buffers"].num_bytes == whole["pinned buffers"].num_bytes == overlap_bytes(sizes)
-    capped = train_components(compression.plan, settings(residency="disk", pinned_memory=max(sizes)))
-    assert capped["pinned buffers"].num_bytes == max(sizes)
-    on_host = on_host_alone(plan_document(compression.plan, settings(residency="disk", pinned_memory=max(sizes)), "x"))
-    assert "record buffers" not in on_host["memory"], "one set of buffers does for both"
-    assert on_host["memory"]["pinned buffers"]["bytes"] == max(sizes)
-
-
-def test_a_gpu_holds_the_base_weights_that_are_fetched_ahead(compression: Compression) -> None:
-    sizes = [math.prod(planned.base_shape) * 4 for planned in compression.plan.matrices]
-    on_its_way = train_components(compression.plan, settings())["base on its way"]
-    assert on_its_way.home == "device"
-    assert max(sizes) < on_its_way.num_bytes < sum(sizes)
-    assert on_its_way.num_bytes == max(sum(sizes[first : first + 8]) for first in range(len(sizes) - 7))
-    assert train_components(compression.plan, settings(base_home="device"))["base on its way"].num_bytes == 0
-
-
-def test_hard_pruning_has_no_records_and_no_base(compression: Compression) -> None:
-    components = train_components(compression.plan, settings(method="hard_prune"))
-    zero = {name for name, component in components.items() if not component.num_bytes}
-    held = {"records", "moments", "record buffers", "pinned buffers"}
-    assert zero == {*held, "frozen base", "base on its way", "base in flight", "sweep temporaries"}
-    document = plan_document(compression.plan, settings(method="hard_prune"), "tiny")
-    assert document["flops"]["compose_per_step"] == document["flops"]["pull_back_per_step"] == 0
-    assert document["trainable"]["parameters"] == compression.plan.parameters
-
-
 @pytest.mark.parametrize("method", ["projected", "hard_prune"])
 def test_a_checkpoint_takes_what_was_predicted(compression: Compression, method: str, tmp_path: Path) -> None:
     optimizer = compression.optimizer(compression.model(), project=method == "projected")
     files = write_records(optimizer, tmp_path) | write_outer(optimizer, tmp_path)
     written = sum((tmp_path / name).stat().st_size for name in files)
-    predicted = checkpoint_bytes(compression.plan, settings(method=method))
+    config = settings(method=method, keep_checkpoints=3)
+    predicted = checkpoint_bytes(compression.plan, config)
     assert predicted < written < (1 + HEADER_SHARE) * predicted
+    # One more while it is written, before the oldest goes.
+    assert disk_parts(compression.plan, config)["train"]["checkpoints"] == 4 * predicted
+
+
+def test_the_merged_model_takes_what_was_predicted(compression: Compression, tmp_path: Path) -> None:
+    compression.model().save_pretrained(tmp_path)
+    written = (tmp_path / "model.safetensors").stat().st_size
+    predicted = merged_bytes(compression.plan)
+    assert predicted < written < (1 + HEADER_SHARE) * predicted
+
+
+def test_the_disk_is_worn_by_records_or_by_checkpoints(compression: Compression) -> None:
+    plan = compression.plan
+    records = sum(record_bytes(planned, RecordFormat()) for planned in plan.matrices)
+    assert written_bytes_per_step(plan, settings(residency="disk")) == records
+    in_memory = settings(save_steps=50)
+    assert written_bytes_per_step(plan, in_memory) == checkpoint_bytes(plan, in_memory) // 50
 
 
 def test_checkpointing_and_smaller_batches_take_less(compression: Compression) -> None:
     def activations(**changes: Any) -> int:
-        return train_components(compression.plan, settings(**changes))["activations"].num_bytes
+        return train_moments(compression.plan, settings(**changes), GPU)["forward"][ACTIVATIONS].num_bytes
 
     assert activations(gradient_checkpointing=True) < activations()
     assert activations(per_device_train_batch_size=2) * 2 == activations(per_device_train_batch_size=4)
-    assert activations(bf16=True) * 2 == activations()
+    assert activations() / 2 < activations(bf16=True) < activations()
 
 
 def test_constants_that_need_no_torch_are_those_of_the_code() -> None:
-    assert loss.LOGIT_CHUNK_VALUES == 2**23
-    assert forward.HIDDEN_BUDGET_BYTES == 2**29
+    assert working.LOGIT_CHUNK_VALUES == step_time.LOGIT_CHUNK_VALUES == loss.LOGIT_CHUNK_VALUES
+    assert working.LOGIT_CHUNK_VALUES == forward.LOGIT_BLOCK_VALUES
+    assert working.HIDDEN_BUDGET_BYTES == forward.HIDDEN_BUDGET_BYTES
 
 
 def test_logits_are_bounded_by_their_chunk(compression: Compression) -> None:
     def logits(tokens: int) -> int:
         config = settings(per_device_train_batch_size=1, sequence_length=tokens)
-        return train_components(compression.plan, config)["logits"].num_bytes
+        return train_moments(compression.plan, config, GPU)["backward"][LOGITS].num_bytes
 
     assert logits(2) == 3 * 2 * 300 * 4
     assert logits(10**6) == 3 * loss.LOGIT_CHUNK_VALUES * 4
 
 
-def test_waiting_hidden_states_are_bounded_by_their_budget(compression: Compression) -> None:
+@pytest.mark.parametrize("phase", ["calibrate", "evaluate"])
+def test_waiting_hidden_states_are_bounded_by_their_budget(phase: str, compression: Compression) -> None:
     def hidden(tokens: int) -> int:
-        config = settings(calibration_tokens=tokens, eval_tokens=1)
-        return phase_peaks(compression.plan, config)["calibrate"]["host_bytes"] - LIBRARY_BYTES
+        small = {"per_device_train_batch_size": 1, "sequence_length": 2}
+        config = settings(**{"calibration_tokens": 1, "eval_tokens": 1, **small, KEYS[phase]: tokens})
+        make = calibrate_parts if phase == "calibrate" else evaluate_parts
+        part = make(compression.plan, config, HOST)[ledger.HIDDEN]
+        assert part.home == "host"
+        return part.num_bytes
 
-    assert hidden(1000) == 1000 * 32 * 4
+    assert hidden(100_000) == 100_000 * 32 * 4
     assert hidden(10**9) == forward.HIDDEN_BUDGET_BYTES
+
+
+def test_hidden_states_that_wait_beside_a_gpu_are_in_the_host_s_peak(compression: Compression) -> None:
+    """The device's peak is that of the merged model; the host's is not in the same moment."""
+    config = settings(eval_tokens=10**9)
+    plan = with_vocabulary(compression.plan, 10**6)
+    found = peaks(plan, config, GPU)["evaluate"]
+    libraries = components.LIBRARY_BYTES["evaluate"] + components.CUDA_HOST_BYTES
+    assert found["host_bytes"] == forward.HIDDEN_BUDGET_BYTES + libraries
+    assert found["device_bytes"] > 4 * plan.parameters
 
 
 def test_the_plan_document_has_the_keys_of_the_contract(compression: Compression) -> None:
     plan = compression.plan
     document = plan_document(plan, settings(), "tiny")
+    assert list(document) == [
+        "base",
+        "compressed",
+        "trainable",
+        "flops",
+        "moved",
+        "written_bytes_per_step",
+        "communicated_bytes_per_step",
+        "step_seconds",
+        "memory",
+        "peak",
+        "phases",
+        "disk",
+        "alternatives",
+        "ranks",
+    ]
     assert document["base"] == {
         "name": "tiny",
         "family": "llama",
@@ -244,53 +168,106 @@ def test_the_plan_document_has_the_keys_of_the_contract(compression: Compression
     assert document["moved"].keys() == {"base", "records_read", "records_written"}
     assert document["flops"].keys() == {"compose_per_step", "pull_back_per_step", "train_per_token"}
     assert all(flops > 0 for flops in document["flops"].values())
-    assert document["memory"].keys() == COMPONENTS
-    assert all(component.keys() == {"home", "bytes"} for component in document["memory"].values())
-    assert tuple(document["peak"]) == PHASES == ("calibrate", "train", "merge", "evaluate")
+    assert {name: part["home"] for name, part in document["memory"].items()} == COMPONENTS
+    assert all(part.keys() == {"home", "bytes"} for part in document["memory"].values())
+    assert tuple(document["peak"]) == tuple(document["phases"]) == tuple(document["disk"]) == PHASES
+    assert PHASES == ("calibrate", "train", "merge", "evaluate")
     for peak in document["peak"].values():
         assert peak.keys() == {"device_bytes", "host_bytes", "disk_bytes"}
         assert all(isinstance(value, int) and value >= 0 for value in peak.values())
+    assert document["alternatives"].keys() == {"published form", "hard pruning", "this run"}
+    assert document["step_seconds"] is None
+    assert document["ranks"] == 1
 
 
-def test_the_training_peak_is_the_sum_of_its_components(compression: Compression) -> None:
-    document = plan_document(compression.plan, settings(), "tiny")
-    totals = {"device": 0, "host": 0, "disk": 0}
-    for component in document["memory"].values():
-        totals[component["home"]] += component["bytes"]
-    assert document["peak"]["train"]["device_bytes"] == totals["device"]
-    assert document["peak"]["train"]["host_bytes"] == totals["host"]
-    assert document["peak"]["train"]["disk_bytes"] == 3 * checkpoint_bytes(compression.plan, settings())
+def test_a_step_s_seconds_are_those_of_the_machine(compression: Compression) -> None:
+    machine = HARDWARE["a100-80gb"]
+    found = plan_document(compression.plan, settings(), "tiny", hardware=machine)["step_seconds"]
+    assert found == step_time.step_seconds(compression.plan, settings(), machine)
 
 
-def test_on_the_host_alone_the_device_s_share_moves_to_the_host(compression: Compression) -> None:
-    document = plan_document(compression.plan, settings(), "tiny")
-    moved = on_host_alone(document)
-    assert {component["home"] for component in moved["memory"].values()} == {"host", "disk"}
-    gpu_alone = {"base on its way", "pinned buffers"}
-    assert document["memory"].keys() - moved["memory"].keys() == gpu_alone
-    absent = sum(document["memory"][name]["bytes"] for name in gpu_alone)
-    for phase, peak in document["peak"].items():
-        assert moved["peak"][phase] == {
-            "device_bytes": 0,
-            "host_bytes": peak["device_bytes"] + peak["host_bytes"] - absent * (phase == "train"),
-            "disk_bytes": peak["disk_bytes"],
-        }
-    assert {key: moved[key] for key in ("base", "compressed", "trainable", "flops")} == {
-        key: document[key] for key in ("base", "compressed", "trainable", "flops")
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("form", range(len(FORMS)))
+def test_peaks_are_the_sums_of_parts_at_a_moment(form: int, place: str, compression: Compression) -> None:
+    changes = {key: value for key, value in FORMS[form].items() if key != "gradient_home" or place == "gpu"}
+    plan, config, where = compression.plan, settings(**changes), PLACES[place]
+    phases, moments = phase_parts(plan, config, where)
+    found = peaks(plan, config, where)
+    for phase in ("calibrate", "merge", "evaluate"):
+        assert {key: found[phase][key] for key in ("device_bytes", "host_bytes")} == sums(phases[phase])
+    of_moments = [sums(parts) for parts in moments.values()]
+    for key in ("device_bytes", "host_bytes"):
+        assert found["train"][key] == max(total[key] for total in of_moments)
+    first = "device_bytes" if where.on_gpu else "host_bytes"
+    assert sums(phases["train"])[first] == found["train"][first]
+    disk = disk_parts(plan, config)
+    assert {phase: peak["disk_bytes"] for phase, peak in found.items()} == {
+        phase: sum(disk[phase].values()) for phase in PHASES
     }
-    assert document["peak"]["train"]["device_bytes"] > 0, "the document itself is left alone"
+    document = plan_document(plan, config, "tiny", where)
+    assert document["peak"] == found
+    assert document["ranks"] == where.ranks
+    for name, part in document["memory"].items():
+        assert part["bytes"] == max(parts[name].num_bytes for parts in moments.values() if name in parts), name
+
+
+@pytest.mark.parametrize("form", range(len(FORMS)))
+def test_without_a_gpu_all_but_the_disk_is_the_host_s(form: int, compression: Compression) -> None:
+    plan, config = compression.plan, settings(**FORMS[form])
+    on_gpu, alone = (train_moments(plan, config, place)["sweep"] for place in (GPU, HOST))
+    assert {part.home for part in alone.values()} <= {"host", "disk"}
+    assert on_gpu.keys() - alone.keys() == ON_GPU_ALONE & on_gpu.keys()
+    assert {name for name, part in alone.items() if part.home == "disk"} == {
+        name for name, part in on_gpu.items() if part.home == "disk"
+    }
+    for name in (ledger.WEIGHTS, ledger.GRADIENTS, ledger.DIRECT, ledger.RECORDS, ledger.MOMENTS, ledger.FROZEN_BASE):
+        if name in on_gpu:
+            assert alone[name].num_bytes == on_gpu[name].num_bytes
+    for phase, peak in peaks(plan, config, HOST).items():
+        assert peak["device_bytes"] == 0, phase
+        assert peak["host_bytes"] > components.LIBRARY_BYTES[phase]
+    for parts in (calibrate_parts(plan, config, HOST), evaluate_parts(plan, config, HOST)):
+        assert {part.home for part in parts.values()} == {"host"}
+        assert not parts.keys() & ON_GPU_ALONE
+
+
+def test_ranks_send_gradients_and_weights(compression: Compression) -> None:
+    plan = compression.plan
+    once = plan.parameters * (4 + 4)
+    assert communicated_bytes_per_step(plan, settings(), GPU) == 0
+    assert communicated_bytes_per_step(plan, settings(), Place(ranks=2, zero=ZeroForm())) == once
+    assert communicated_bytes_per_step(plan, settings(), Place(ranks=2, zero=ZeroForm(1))) == 2 * once
+    in_half = settings(bf16=True)
+    assert communicated_bytes_per_step(plan, in_half, Place(ranks=2, zero=ZeroForm(1))) == 2 * plan.parameters * 6
+
+
+def test_the_alternatives_take_16_bytes_a_value(compression: Compression) -> None:
+    plan = compression.plan
+    found = alternatives(plan, settings(), GPU)
+    moment = train_moments(plan, settings(), GPU)["backward"]
+    same = sum(moment[name].num_bytes for name in moment if name in {*components.WORKING_PARTS, "libraries"})
+    same += moment[ledger.CONTEXT].num_bytes
+    composed = sum(math.prod(planned.shape) for planned in plan.matrices)
+    assert found["hard pruning"]["bytes"] == 16 * plan.parameters + same
+    assert found["published form"]["bytes"] == (4 * plan.base_parameters + 16 * plan.trainable + 8 * composed + same)
+    peak = peaks(plan, settings(), GPU)["train"]
+    assert max(peak["device_bytes"], peak["host_bytes"]) < found["this run"]["bytes"]
+    assert found["this run"]["bytes"] <= peak["device_bytes"] + peak["host_bytes"]
 
 
 def test_a_merge_s_need_is_bounded_by_its_blocks_at_any_vocabulary(compression: Compression) -> None:
-    small = merge_need_bytes(compression.plan)
-    largest = max(4 * math.prod(planned.base_shape) for planned in compression.plan.weights)
-    assert small >= largest
-    config = {**compression.plan.base_config, "vocab_size": 10**6}
-    plan = type(compression.plan)(compression.plan.family, config, 24, 40)
-    doubled = type(compression.plan)(compression.plan.family, {**config, "vocab_size": 2 * 10**6}, 24, 40)
-    assert merge_need_bytes(plan) == merge_need_bytes(doubled)
+    plan = compression.plan
+    largest = max(4 * math.prod(planned.base_shape) for planned in plan.weights)
+    assert working.merge_need_bytes(plan) >= largest
+    need = working.merge_need_bytes(with_vocabulary(plan, 10**6))
+    assert need == working.merge_need_bytes(with_vocabulary(plan, 2 * 10**6))
+    parts = merge_parts(plan, settings(), GPU)
+    assert sums(parts)["host_bytes"] == (
+        components.LIBRARY_BYTES["merge"] + components.CUDA_HOST_BYTES + working.merge_need_bytes(plan)
+    )
 
 
 def test_predicting_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, pcscale.memory.estimate; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    modules = "pcscale.memory.estimate, pcscale.memory.budget, pcscale.memory.series"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

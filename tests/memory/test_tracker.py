@@ -1,122 +1,304 @@
-"""Measured memory: anonymous memory alone, at its peak, added up by phase."""
+"""Measured memory: by phase, moment and component, and what it is made of."""
 
+import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from pcscale.memory.tracker import AnonymousPeak, PhaseUsage, anonymous_bytes, machine, measured
-from pcscale.storage.index import read_header
-from pcscale.storage.reader import TensorReader
-
-SIZE = 64 * 2**20
-SLACK = 8 * 2**20
-"""What the interpreter, its threads and the allocator take or give back meanwhile."""
-PATIENCE_SECONDS = 20.0
-"""How long the sampling thread may be kept waiting by a busy machine."""
-
-
-def touched() -> torch.Tensor:
-    """A tensor of SIZE bytes, all of them written."""
-    return torch.ones(SIZE // 4)
+from pcscale.common.ledger import LIBRARIES, RECORDS, WEIGHTS, WORKING, ledger
+from pcscale.memory.process import (
+    anonymous_bytes,
+    machine,
+    release_freed,
+    settle,
+)
+from pcscale.memory.series import Series
+from pcscale.memory.tracker import PEAKS, Tracker, Usage
+from tests.memory.touched import SIZE, SLACK, touched, wait_until
+from tests.projection.parts import CPU
 
 
-def test_a_touched_tensor_is_anonymous_memory() -> None:
+class Owner:
+    """Something that holds memory."""
+
+
+@pytest.fixture
+def tracker() -> Tracker:
+    return Tracker({}, Series())
+
+
+@contextmanager
+def kept(component: str, home: str, num_bytes: int) -> Iterator[None]:
+    """Enter something for the block."""
+    ledger.enter(component, home, num_bytes)
+    try:
+        yield
+    finally:
+        ledger.enter(component, home, -num_bytes)
+
+
+def test_a_phase_has_the_peak_of_what_is_gone_when_it_ends(tracker: Tracker) -> None:
+    release_freed()
     before = anonymous_bytes()
-    tensor = touched()
-    held = anonymous_bytes()
-    assert held - before == pytest.approx(tensor.nbytes, abs=SLACK)
-    del tensor
-    assert held - anonymous_bytes() == pytest.approx(SIZE, abs=SLACK)
-
-
-def test_a_mapped_file_is_not(tmp_path: Path) -> None:
-    save_file({"x": touched()}, tmp_path / "x.safetensors")
-    reader = TensorReader(read_header(tmp_path / "x.safetensors")[0])
-    before = anonymous_bytes()
-    tensor = reader.tensor("x")
-    assert tensor.sum().item() == SIZE // 4
-    assert tensor.nbytes == SIZE
-    assert anonymous_bytes() - before < SLACK
-
-
-def hold_until_sampled(peak: AnonymousPeak) -> None:
-    """Hold a tensor for no longer than a sample needs."""
-    least = anonymous_bytes() + SIZE - SLACK
-    tensor = touched()
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while peak.peak_bytes < least and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert tensor.nbytes == SIZE
-
-
-def test_the_peak_outlives_what_caused_it() -> None:
-    before = anonymous_bytes()
-    with AnonymousPeak(interval_seconds=0.002) as peak:
-        hold_until_sampled(peak)
-        assert anonymous_bytes() - before < SLACK
-    assert peak.peak_bytes - before == pytest.approx(SIZE, abs=SLACK)
-
-
-def test_without_a_sample_the_peak_is_what_is_held_at_the_end() -> None:
-    with AnonymousPeak(interval_seconds=1000) as peak:
-        before = peak.peak_bytes
+    with tracker.phase("train"):
         tensor = touched()
-    assert peak.peak_bytes - before == pytest.approx(tensor.nbytes, abs=SLACK)
+        wait_until(lambda: (tracker.phases["train"].peak["host_anonymous"] or 0) >= before + SIZE - SLACK)
+        assert tensor.nbytes == SIZE
+        del tensor
+    usage = tracker.phases["train"]
+    assert usage.peak["host_anonymous"] - before == pytest.approx(SIZE, abs=SLACK)
+    assert usage.components["host"][WORKING] == pytest.approx(SIZE, abs=SLACK)
+    assert usage.components["host"][LIBRARIES] == pytest.approx(before, abs=SLACK)
+    assert set(usage.peak) == set(PEAKS)
 
 
-def test_phases_add_up_and_keep_their_highest_peak() -> None:
-    usage: dict[str, PhaseUsage] = {}
-    with measured(usage, "train"):
+def test_phases_add_up_and_keep_their_highest_peak(tracker: Tracker) -> None:
+    with tracker.phase("train"):
         tensor = touched()
-    first = usage["train"].seconds, usage["train"].peak_host_anonymous_bytes
+    first = tracker.phases["train"].seconds, tracker.phases["train"].peak["host_anonymous"]
     assert tensor.nbytes == SIZE
     del tensor
-    with measured(usage, "train"):
+    with tracker.phase("train"):
         time.sleep(0.01)
-    assert usage.keys() == {"train"}
-    assert usage["train"].seconds >= first[0] + 0.01
-    assert usage["train"].peak_host_anonymous_bytes == first[1]
-    assert usage["train"].peak_host_anonymous_bytes > anonymous_bytes() + SIZE - SLACK
+    usage = tracker.phases["train"]
+    assert tracker.phases.keys() == {"train"}
+    assert usage.seconds >= first[0] + 0.01
+    assert usage.peak["host_anonymous"] == first[1]
+    assert first[1] > anonymous_bytes() + SIZE - SLACK
 
 
-def test_a_phase_of_an_earlier_process_is_gone_on_with() -> None:
-    usage = {"train": PhaseUsage(seconds=100.0, peak_host_anonymous_bytes=2**60)}
-    with measured(usage, "train"):
+def test_moments_add_up_and_have_peaks_of_their_own(tracker: Tracker) -> None:
+    with tracker.phase("train"):
+        for _ in range(3):
+            with ledger.during("forward"):
+                time.sleep(0.01)
+            with ledger.during("sweep"):
+                tensor = touched()
+                time.sleep(0.01)
+                del tensor
+                with ledger.during("checkpoint"):
+                    time.sleep(0.01)
+    usage = tracker.phases["train"]
+    assert list(usage.moments) == ["forward", "sweep", "checkpoint"]
+    assert all(moment.seconds >= 0.03 for moment in usage.moments.values())
+    assert sum(moment.seconds for moment in usage.moments.values()) <= usage.seconds
+    assert usage.peak["host_anonymous"] >= max(moment.peak["host_anonymous"] for moment in usage.moments.values())
+
+
+def test_a_moment_ends_with_a_sample_of_what_it_leaves(tracker: Tracker) -> None:
+    """Also one that is over before the thread samples."""
+    with tracker.phase("train"):
+        with ledger.during("forward"):
+            pass
+        with ledger.during("backward"):
+            tensor = touched()
+        assert tensor.nbytes == SIZE
+        del tensor
+        release_freed()
+        with ledger.during("sweep"):
+            pass
+    moments = tracker.phases["train"].moments
+    held = {name: moment.peak["host_anonymous"] or 0 for name, moment in moments.items()}
+    assert held["backward"] - held["forward"] == pytest.approx(SIZE, abs=SLACK)
+    assert held["sweep"] - held["forward"] == pytest.approx(0, abs=SLACK)
+
+
+def test_what_is_entered_is_exact_and_the_rest_is_working_memory(tracker: Tracker) -> None:
+    with tracker.phase("train"):
+        records, working = touched(), touched()
+        with kept(RECORDS, "host", records.nbytes), kept(WEIGHTS, "pinned", 12_345), ledger.during("sweep"):
+            pass
+        assert working.nbytes == SIZE
+        del records, working
+    usage = tracker.phases["train"]
+    for found in (usage, usage.moments["sweep"]):
+        assert found.components["host"][RECORDS] - held_before(RECORDS) == SIZE
+        assert found.components["host"][WEIGHTS] - held_before(WEIGHTS) == 12_345
+        assert found.peak["pinned"] == 12_345
+    assert usage.moments["sweep"].components["host"][WORKING] == pytest.approx(SIZE, abs=SLACK)
+
+
+def held_before(component: str) -> int:
+    """What earlier tests' objects hold still."""
+    return sum(num_bytes for (home, name), num_bytes in ledger.held().items() if name == component and home != "device")
+
+
+def test_what_leaves_with_its_owner_stays_in_the_peak(tracker: Tracker) -> None:
+    before = held_before(RECORDS)
+    with tracker.phase("train"):
+        owner = Owner()
+        ledger.keep(owner, RECORDS, "host", 1000)
+        with ledger.during("forward"):
+            pass
+        del owner
+        with ledger.during("sweep"):
+            pass
+    usage = tracker.phases["train"]
+    assert usage.components["host"][RECORDS] == before + 1000
+    assert usage.moments["sweep"].components["host"].get(RECORDS, 0) == before
+
+
+def test_what_is_held_when_it_settles_is_the_libraries(tracker: Tracker) -> None:
+    with tracker.phase("train"):
+        with ledger.during("forward"):
+            pass
+        library = touched()
+        settle(CPU)
+        with ledger.during("sweep"):
+            pass
+        assert library.nbytes == SIZE
+    moments = {name: moment.components["host"] for name, moment in tracker.phases["train"].moments.items()}
+    assert moments["sweep"][LIBRARIES] - moments["forward"][LIBRARIES] == pytest.approx(SIZE, abs=SLACK)
+    assert moments["sweep"][WORKING] < SLACK
+
+
+def test_what_was_entered_before_a_phase_is_not_the_libraries(tracker: Tracker) -> None:
+    release_freed()
+    records = touched()
+    with kept(RECORDS, "host", records.nbytes), tracker.phase("train"):
         pass
-    assert usage["train"].seconds > 100
-    assert usage["train"].peak_host_anonymous_bytes == 2**60
+    found = tracker.phases["train"].components["host"]
+    assert found[LIBRARIES] < anonymous_bytes() - SIZE + SLACK
+    assert found[RECORDS] - held_before(RECORDS) == SIZE
 
 
-def test_a_phase_that_fails_is_counted_too() -> None:
-    usage: dict[str, PhaseUsage] = {}
+def test_memory_that_is_taken_but_not_written_to_is_no_negative_working_memory(tracker: Tracker) -> None:
+    with tracker.phase("train"), kept(RECORDS, "host", 2**50):
+        pass
+    assert tracker.phases["train"].components["host"][WORKING] >= 0
+    with tracker.phase("merge"), kept(RECORDS, "host", 2**50), ledger.during("merging"):
+        pass
+    assert all(sample.host[WORKING] >= 0 for sample in tracker.series.samples)
 
+
+def test_a_phase_of_an_earlier_process_is_gone_on_with(tracker: Tracker) -> None:
+    with tracker.phase("train"), ledger.during("sweep"):
+        pass
+    earlier = json.loads(json.dumps({name: usage.document() for name, usage in tracker.phases.items()}))
+    earlier["train"]["seconds"] = 100.0
+    earlier["train"]["peak"] |= {"host_anonymous": 2**60, "written": 2**50}
+    earlier["train"]["moments"]["sweep"]["seconds"] = 50.0
+    earlier["train"]["components"]["host"][WORKING] = 2**59
+    again = Tracker({name: Usage.read(values) for name, values in earlier.items()}, Series())
+    with again.phase("train"), ledger.during("sweep"):
+        pass
+    usage = again.phases["train"]
+    assert usage.seconds > 100
+    assert usage.moments["sweep"].seconds > 50
+    assert usage.peak["host_anonymous"] == 2**60
+    assert usage.written >= 2**50
+    assert usage.components["host"][WORKING] == 2**59
+    assert usage.components["host"][LIBRARIES] < 2**59
+
+
+def test_a_document_is_read_back_as_it_was(tracker: Tracker) -> None:
+    with tracker.phase("train"), ledger.during("sweep"), ledger.during("checkpoint"):
+        pass
+    usage = tracker.phases["train"]
+    document = json.loads(json.dumps(usage.document()))
+    assert Usage.read(document) == usage
+    assert document.keys() == {"seconds", "peak", "components", "moments"}
+    assert document["peak"].keys() == {*PEAKS, "written"}
+    assert document["moments"].keys() == {"sweep", "checkpoint"}
+
+
+def test_a_phase_that_fails_is_counted_too(tracker: Tracker) -> None:
     def fail() -> None:
-        with measured(usage, "train"):
+        with tracker.phase("train"), ledger.during("sweep"):
             time.sleep(0.01)
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert usage["train"].seconds >= 0.01
-    assert usage["train"].peak_host_anonymous_bytes > 0
+    usage = tracker.phases["train"]
+    assert usage.seconds >= 0.01
+    assert usage.moments["sweep"].seconds >= 0.01
+    assert usage.peak["host_anonymous"] > 0
+    assert ledger.listener is None
+    with tracker.phase("merge"):
+        pass
+    assert tracker.phases["merge"].peak["host_anonymous"] > 0
+    assert tracker.phases["merge"].moments == {}
+
+
+def test_outside_a_phase_nothing_is_measured_and_no_thread_is_left(tracker: Tracker) -> None:
+    threads = threading.active_count()
+    with tracker.phase("train"):
+        assert threading.active_count() == threads + 1
+    assert threading.active_count() == threads
+    samples = len(tracker.series.samples)
+    with ledger.during("sweep"):
+        pass
+    assert tracker.phases["train"].moments == {}
+    assert len(tracker.series.samples) == samples
+
+
+def test_the_series_has_what_was_held_when(tracker: Tracker) -> None:
+    with tracker.phase("train"):
+        with ledger.during("forward"):
+            time.sleep(0.01)
+        with ledger.during("sweep"):
+            pass
+    with tracker.phase("merge"):
+        pass
+    samples = tracker.series.samples
+    seconds = [sample.seconds for sample in samples]
+    assert seconds == sorted(seconds)
+    assert [kept.phase for kept in samples].count("merge") >= 1
+    assert {(kept.phase, kept.moment) for kept in samples} == {
+        ("train", None),
+        ("train", "forward"),
+        ("train", "sweep"),
+        ("merge", None),
+    }
+    held = tracker.phases["train"].peak["host_anonymous"] or 0
+    highest = max(sample.total for sample in samples if sample.phase == "train")
+    assert highest == pytest.approx(held, abs=SLACK + held_before(RECORDS))
+
+
+def test_the_series_of_an_earlier_process_is_gone_on_with(tracker: Tracker, tmp_path: Path) -> None:
+    with tracker.phase("train"):
+        time.sleep(0.05)
+    tracker.series.write(tmp_path / "memory.json")
+    earlier = tracker.series.last_seconds
+    again = Tracker(tracker.phases, Series.read(tmp_path / "memory.json"))
+    with again.phase("train"):
+        pass
+    assert again.series.samples[-1].seconds >= earlier > 0
+    assert [sample.seconds for sample in again.series.samples] == sorted(s.seconds for s in again.series.samples)
+
+
+class Watch:
+    """A watchdog that remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[dict[str, int], dict[str, int]]] = []
+
+    def look(self, host: dict[str, int], device: dict[str, int]) -> None:
+        self.seen.append((host, device))
+
+
+def test_the_watchdog_is_shown_every_sample() -> None:
+    watch: Any = Watch()
+    tracker = Tracker({}, Series(), watch)
+    with tracker.phase("train"), kept(RECORDS, "host", 1000), ledger.during("sweep"):
+        pass
+    assert len(watch.seen) == len(tracker.series.samples) > 1
+    assert all(LIBRARIES in host and WORKING in host for host, _ in watch.seen)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_there_is_no_device_peak() -> None:
-    usage: dict[str, PhaseUsage] = {}
-    with measured(usage, "train"):
+def test_without_a_device_there_is_no_device_peak(tracker: Tracker) -> None:
+    with tracker.phase("train"), ledger.during("sweep"):
         pass
-    assert usage["train"].peak_device_bytes is None
+    for usage in (tracker.phases["train"], tracker.phases["train"].moments["sweep"]):
+        assert usage.peak["device"] is None
+        assert usage.peak["device_reserved"] is None
+    assert not {WORKING, LIBRARIES} & tracker.phases["train"].components["device"].keys()
     assert machine()["gpu"] is None
-
-
-def test_the_machine_is_described() -> None:
-    found = machine()
-    assert found.keys() == {"cpu", "cores", "gpu", "memory_bytes"}
-    assert found["cpu"]
-    assert found["cores"] == torch.get_num_threads()
-    total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
-    assert found["memory_bytes"] == total

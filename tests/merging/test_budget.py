@@ -11,7 +11,7 @@ import pytest
 from pcscale.common.errors import BudgetError
 from pcscale.families.plan import Plan
 from pcscale.families.registry import family_of
-from pcscale.memory.estimate import merge_need_bytes
+from pcscale.memory.working import merge_need_bytes
 from tests.merging.synthetic import write_checkpoint
 from tests.merging.trained import TrainedRun, assert_same_tensors, merge_run, merged_tensors, run_python, visible
 

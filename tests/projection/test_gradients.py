@@ -1,17 +1,21 @@
 """Gradients that accumulate in host memory: the same steps, and nothing of them stays with the parameters."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from pcscale.common.ledger import DIRECT, GRADIENTS, MOMENTS, RECORDS, WEIGHTS
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.projection.gradients import Accumulated
 from pcscale.projection.starts import selection_start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.step import training_step
+from tests.entered import Entered
 from tests.projection.parts import CPU, Compression, TinyBase, copies, token_batches
 from tests.reference import Weights
 
@@ -205,3 +209,122 @@ def test_a_gradient_is_kept_apart_from_the_next_backward_pass() -> None:
     total = gradients.of(parameter)
     assert total is not None
     assert total.tolist() == [6.0] * 4
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_gradients_that_are_held_are_zeros_in_the_dtype_that_accumulates(dtypes: str, compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, "device", *DTYPES[dtypes])
+    assert optimizer.engine.reached() == []
+    optimizer.engine.hold_gradients()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.shape == parameter.shape
+        assert parameter.grad.dtype == DTYPES[dtypes][1]
+        assert not parameter.grad.any()
+    assert set(optimizer.engine.reached()) == dict(model.named_parameters()).keys()
+
+
+def test_a_gradient_that_is_there_is_held_as_it_is(compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, "device", torch.float32)
+    backward(model)
+    before = gradients_of(optimizer)
+    optimizer.engine.hold_gradients()
+    after = gradients_of(optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_in_host_memory_nothing_is_held_on_the_device(compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, "cpu", torch.float32)
+    optimizer.engine.hold_gradients()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert optimizer.engine.reached() == []
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_steps_are_the_same_to_the_last_bit_whether_gradients_are_held_or_born(
+    dtypes: str, compression: Compression, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With two micro batches a step holds them before, and zeros stay for the next step."""
+    ends, accumulation = [], 2
+    for held in (True, False):
+        model, optimizer = optimizer_over(compression, "device", *DTYPES[dtypes])
+        loss, batches = NextTokenLoss(model), token_batches(STEPS * accumulation)
+        if not held:
+            monkeypatch.setattr(optimizer.engine, "hold_gradients", lambda: None)
+        for first in range(0, len(batches), accumulation):
+            if not held:
+                for parameter in model.parameters():
+                    parameter.grad = None
+            training_step(loss, optimizer, batches[first : first + accumulation], accumulation, CLIPPING)
+            assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+        ends.append(everything(optimizer, model))
+    assert ends[0].keys() == ends[1].keys()
+    assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+
+
+def test_with_one_micro_batch_no_gradient_outlives_its_step(compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, "device", torch.float32)
+    training_step(NextTokenLoss(model), optimizer, token_batches(1), 1, CLIPPING)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("home", ["device", "cpu"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_gradients_are_entered_while_they_are_there(home: str, dtypes: str, compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, home, *DTYPES[dtypes])
+    size = sum(parameter.numel() for parameter in model.parameters()) * DTYPES[dtypes][1].itemsize
+    entered = Entered()
+    for _ in range(2):
+        backward(model, 2)
+        assert entered.now() == {("host", GRADIENTS): size}
+        optimizer.step()
+        optimizer.zero_grad()
+        assert entered.now() == {}
+
+
+def test_gradients_that_are_held_are_entered_once(compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, "device", torch.float32)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    entered = Entered()
+    optimizer.engine.hold_gradients()
+    assert entered.now() == {("host", GRADIENTS): size}
+    backward(model, 2)
+    optimizer.zero_grad(set_to_none=False)
+    assert entered.now() == {("host", GRADIENTS): size}, "zeros take as much"
+    optimizer.zero_grad()
+    assert entered.now() == {}
+
+
+@pytest.mark.parametrize("home", ["device", "cpu"])
+def test_nothing_is_entered_any_more_when_the_optimizer_is_gone(home: str, compression: Compression) -> None:
+    entered = Entered()
+    model, optimizer = optimizer_over(compression, home, torch.float32)
+    training_step(NextTokenLoss(model), optimizer, token_batches(2), 2, CLIPPING)
+    backward(model)
+    of_all = {component for _, component in entered.now()}
+    assert of_all == {WEIGHTS, GRADIENTS, RECORDS, MOMENTS, DIRECT}
+    del optimizer
+    assert {component for _, component in entered.now()} == {WEIGHTS}
+    del model
+    assert entered.now() == {}
+
+
+@pytest.mark.parametrize("home", ["device", "cpu"])
+def test_a_model_is_collected_when_its_optimizer_is_gone(home: str, compression: Compression) -> None:
+    """Hooks on its parameters, which torch holds, do not keep it."""
+    model, optimizer = optimizer_over(compression, home, torch.float32)
+    backward(model)
+    gone = [weakref.ref(model), weakref.ref(optimizer), *map(weakref.ref, model.parameters())]
+    del optimizer, model
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(gone)
+
+
+@pytest.mark.parametrize("home", ["device", "cpu"])
+def test_a_model_trains_on_after_its_optimizer_is_gone(home: str, compression: Compression) -> None:
+    model, optimizer = optimizer_over(compression, home, torch.float32)
+    del optimizer
+    gc.collect()
+    backward(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -5,11 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pcscale.config.load import dump_run_config
+from pcscale.config.schema import DataConfig, RunConfig
+from tests.reporting.memory_run import memory_document, plan_phases, plan_steps, usage_phases
+
 STEPS = 24
 SKIPPED_STEP = 5
 TOKENS_PER_STEP = 16_384
 
-PLAN = {
+OLD_PLAN: dict[str, Any] = {
     "base": {"name": "acme/tiny-llm", "family": "llama", "parameters": 134_515_008, "tied": True},
     "compressed": {
         "hidden_size": 384,
@@ -34,6 +38,8 @@ PLAN = {
         "merge": {"device_bytes": 0, "host_bytes": 700_000_000, "disk_bytes": 134_000_000},
     },
 }
+"""From before plans told phases and moments apart."""
+PLAN = {**OLD_PLAN, "phases": plan_phases(), **plan_steps()}
 
 
 def _model(loss: float, parameters: int, tokens_per_second: float) -> dict[str, Any]:
@@ -64,7 +70,7 @@ MERGE = {
     "max_memory_bytes": 2_147_483_648,
 }
 
-USAGE = {
+OLD_USAGE: dict[str, Any] = {
     "phases": {
         "calibrate": {"seconds": 61.0, "peak_host_anonymous_bytes": 1_050_000_000, "peak_device_bytes": None},
         "train": {"seconds": 3725.0, "peak_host_anonymous_bytes": 3_400_000_000, "peak_device_bytes": None},
@@ -74,6 +80,34 @@ USAGE = {
     "machine": {"cpu": "Imaginary CPU 9000", "cores": 2, "gpu": None, "memory_bytes": 8_589_934_592},
     "skipped_steps": 1,
 }
+"""From before components and moments were measured."""
+USAGE = {
+    "phases": usage_phases(),
+    "machine": OLD_USAGE["machine"],
+    "limits": {"host_bytes": 4 * 2**30, "host_source": "cgroup, memory.max", "device_bytes": None},
+}
+MEMORY = memory_document()
+FINISHED = {"plan": PLAN, "evaluation": EVALUATION, "merge": MERGE, "usage": USAGE, "memory": MEMORY}
+OLD = {"plan": OLD_PLAN, "evaluation": EVALUATION, "merge": MERGE, "usage": OLD_USAGE}
+
+
+def on_gpu() -> dict[str, Any]:
+    """The documents of a finished run on a machine with a GPU and two ranks."""
+    phases = plan_phases(on_gpu=True)
+    peaks = {
+        name: {
+            f"{home}_bytes": sum(part["bytes"] for part in phase["components"].values() if part["home"] == home)
+            for home in ("device", "host", "disk")
+        }
+        for name, phase in phases.items()
+    }
+    usage = {
+        "phases": usage_phases(on_gpu=True),
+        "machine": USAGE["machine"] | {"gpu": "Imaginary GPU"},
+        "limits": {"host_bytes": None, "host_source": "unknown", "device_bytes": 4 * 2**30},
+    }
+    plan = PLAN | {"phases": phases, "peak": peaks, "communicated_bytes_per_step": 540_000_000}
+    return FINISHED | {"plan": plan, "usage": usage, "memory": memory_document(on_gpu=True)}
 
 
 def metrics(count: int) -> list[dict[str, Any]]:
@@ -86,7 +120,8 @@ def metrics(count: int) -> list[dict[str, Any]]:
             "loss": None if skipped else 3.4 + 4.5 * math.exp(-8 * step / count) + 0.06 * math.sin(step * 12.9898),
             "learning_rate": 1.5e-4 * min(step / 8, 0.55 + 0.45 * math.cos(math.pi * step / count)),
             "grad_norm": None if skipped else 0.8 + 6 / step + 0.1 * math.cos(step * 7.13),
-            "seconds": 2.0 + 0.1 * math.sin(step * 3.7),
+            "moved_bytes": 270_000_000,
+            "seconds": 150.0 + 4.0 * math.sin(step * 3.7),
         }
         if step % max(count // 8, 1) == 0:
             entry["eval_loss"] = 3.44 + 4.4 * math.exp(-8 * step / count)
@@ -94,6 +129,17 @@ def metrics(count: int) -> list[dict[str, Any]]:
             entry["skipped"] = True
         steps.append(entry)
     return steps
+
+
+def write_run(run: Path, documents: dict[str, Any]) -> Path:
+    """A run folder with its settings, its steps, and documents by the names of their files without `.json`."""
+    run.mkdir()
+    config = RunConfig(base="acme/tiny-llm", output="run", data=DataConfig(train=["text.txt"]), max_steps=STEPS)
+    (run / "run.yaml").write_text(dump_run_config(config), encoding="utf-8")
+    write_metrics(run, metrics(STEPS))
+    for name, document in documents.items():
+        write_document(run, f"{name}.json", document)
+    return run
 
 
 def write_metrics(run: Path, steps: list[dict[str, Any]]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pcscale.reporting.plots import MAX_POINTS, PLOTS, downsample, plot_loss, plot_tokens_per_second, smooth
+from pcscale.reporting.drawing import MAX_POINTS, downsample, smooth
+from pcscale.reporting.plots import CURVES, plot_loss, plot_tokens_per_second
 from pcscale.reporting.run_data import read_run
 from tests.reporting.run_folder import EVALUATION, SKIPPED_STEP, STEPS, metrics, write_metrics
 
@@ -52,10 +53,10 @@ def test_speed_is_the_tokens_of_a_step_over_its_seconds(run: Path) -> None:
     np.testing.assert_allclose(speed, [16_384 / step.seconds for step in data.steps])
 
 
-@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize("name", CURVES)
 def test_a_long_run_is_drawn_with_few_points(bare_run: Path, name: str) -> None:
     write_metrics(bare_run, metrics(20_001))
-    axes = PLOTS[name](read_run(bare_run)).axes[0]
+    axes = CURVES[name](read_run(bare_run)).axes[0]
     assert axes.get_lines()
     assert all(len(np.asarray(line.get_xdata())) <= MAX_POINTS for line in axes.get_lines())
     assert axes.get_title(loc="left")
@@ -63,7 +64,7 @@ def test_a_long_run_is_drawn_with_few_points(bare_run: Path, name: str) -> None:
     assert axes.get_ylabel()
 
 
-@pytest.mark.parametrize("name", PLOTS)
+@pytest.mark.parametrize("name", CURVES)
 def test_a_run_whose_only_step_was_skipped_can_be_drawn(bare_run: Path, name: str, tmp_path: Path) -> None:
     write_metrics(bare_run, [metrics(STEPS)[SKIPPED_STEP - 1]])
-    PLOTS[name](read_run(bare_run)).savefig(tmp_path / "plot.png")
+    CURVES[name](read_run(bare_run)).savefig(tmp_path / "plot.png")

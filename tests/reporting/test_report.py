@@ -3,16 +3,17 @@
 import base64
 import copy
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from pcscale.common.errors import RequestError
-from pcscale.reporting.plots import PLOTS
+from pcscale.reporting.plots import CURVES, PLOTS
 from pcscale.reporting.report import write_report
+from tests.reporting.page_text import Page
 from tests.reporting.run_folder import (
     EVALUATION,
+    FINISHED,
     MERGE,
     PLAN,
     STEPS,
@@ -21,34 +22,10 @@ from tests.reporting.run_folder import (
     metrics,
     write_document,
     write_metrics,
+    write_run,
 )
 
-VOID_TAGS = {"meta", "img", "link", "br", "hr", "input"}
 PNG_SIGNATURE = b"\x89PNG"
-
-
-class Page(HTMLParser):
-    """Collects text and attributes, and holds every tag to being closed in order."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open_tags: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert self.open_tags == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID_TAGS:
-            self.open_tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_the_page_is_whole_and_refers_to_nothing_outside(run: Path) -> None:
@@ -71,6 +48,14 @@ def test_each_plot_is_in_the_page_and_in_a_file(run: Path) -> None:
     assert all(file.startswith(PNG_SIGNATURE) for file in files)
 
 
+@pytest.fixture(scope="module")
+def finished_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The text of a finished run's page."""
+    run = write_run(tmp_path_factory.mktemp("page") / "run", FINISHED)
+    write_report(run)
+    return Page(run / "report.html").text
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -90,16 +75,21 @@ def test_each_plot_is_in_the_page_and_in_a_file(run: Path) -> None:
         "162.00 G",
         "Imaginary CPU 9000 · 2 cores · 8.0 GiB of memory · no GPU",
         "gradient_accumulation_steps: 8",
+        "predicted 3.1 GiB, +3.0%",
+        "Limits: 4.0 GiB of host memory (cgroup, memory.max)",
+        "projections, gradients and moments in float32 beside base and model",
+        "residency: cpu, moments: 8bit",
+        "0.74 / 0.49",
+        "Device and host memory together",
     ],
 )
-def test_the_page_shows_what_the_inputs_hold(run: Path, text: str) -> None:
-    write_report(run)
-    assert text in Page(run / "report.html").text
+def test_the_page_shows_what_the_inputs_hold(finished_text: str, text: str) -> None:
+    assert text in finished_text
 
 
-def test_a_finished_run_leaves_nothing_to_wait_for(run: Path) -> None:
-    write_report(run)
-    assert "has not got to" not in Page(run / "report.html").text
+def test_a_finished_run_leaves_nothing_to_wait_for(finished_text: str) -> None:
+    assert "has not got to" not in finished_text
+    assert "not yet" not in finished_text
 
 
 def test_report_json_holds_what_is_returned(run: Path) -> None:
@@ -113,11 +103,12 @@ def test_report_json_holds_what_is_returned(run: Path) -> None:
         "host_anonymous": {"predicted_bytes": 3_300_000_000, "measured_bytes": 3_400_000_000},
         "device": None,
     }
-    assert report["phases"]["evaluate"] == {
-        "seconds": 33.0,
-        "host_anonymous": {"predicted_bytes": None, "measured_bytes": 900_000_000},
-        "device": None,
-    }
+    evaluate = report["phases"]["evaluate"]
+    assert evaluate["seconds"] == 33.0
+    assert evaluate["host_anonymous"] == {"predicted_bytes": None, "measured_bytes": 900_000_000}
+    assert (evaluate["device"], evaluate["moments"]) == (None, {})
+    assert report["limits"] == USAGE["limits"]
+    assert report["devices"] == PLAN["devices"]
     steps = metrics(STEPS)
     assert report["training"] == {
         "steps": STEPS,
@@ -126,24 +117,47 @@ def test_report_json_holds_what_is_returned(run: Path) -> None:
         "final_loss": steps[-1]["loss"],
         "best_eval_loss": min(step["eval_loss"] for step in steps if "eval_loss" in step),
         "skipped_steps": 1,
-        "moved_bytes_per_step": 0,
-        "least_moved_bytes_per_step": 0,
+        "moved_bytes_per_step": 270_000_000,
+        "least_moved_bytes_per_step": 269_000_000,
     }
 
 
-def test_device_memory_is_reported_where_a_phase_used_one(run: Path) -> None:
-    plan, usage = copy.deepcopy(PLAN), copy.deepcopy(USAGE)
-    plan["peak"]["train"]["device_bytes"] = 9_000_000_000
-    usage["phases"]["train"]["peak_device_bytes"] = 9_900_000_000
-    usage["machine"]["gpu"] = "Imaginary GPU"
-    write_document(run, "plan.json", plan)
-    write_document(run, "usage.json", usage)
+def test_device_memory_is_reported_where_a_phase_used_one(gpu_run: Path) -> None:
+    report = write_report(gpu_run)
+    assert report["peak"]["device"] == {"predicted_bytes": 2_830_000_000, "measured_bytes": 2_945_000_000}
+    page = Page(gpu_run / "report.html")
+    for text in ("peak device memory", "Peak device memory", "+4.1%", "Imaginary GPU", "Limits: 4.0 GiB of device"):
+        assert text in page.text
+
+
+def test_a_run_from_before_components_is_reported_as_it_was(old_run: Path) -> None:
+    report = write_report(old_run)
+    assert report["peak"] == {
+        "host_anonymous": {"predicted_bytes": 3_300_000_000, "measured_bytes": 3_400_000_000},
+        "device": None,
+    }
+    assert [phase["components"] for phase in report["phases"].values()] == [{}] * 4
+    assert (report["alternatives"], report["devices"], report["limits"]) == (None, None, None)
+    assert report["step_seconds"] == {"predicted": None, "measured": {}}
+    assert report["written_bytes_per_step"] == {"predicted_bytes": None, "measured_bytes": None}
+    text = Page(old_run / "report.html").text
+    assert "+3.0%" in text
+    assert "trainable state" in text
+    assert "Moments of training" not in text
+    assert {path.stem for path in (old_run / "plots").iterdir()} == {*CURVES, "bytes_per_step"}
+
+
+def test_a_run_that_has_only_been_planned_shows_what_was_predicted(run: Path) -> None:
+    for name in ("usage.json", "memory.json", "merge.json", "evaluation.json"):
+        (run / name).unlink()
+    write_metrics(run, [])
     report = write_report(run)
-    assert report["peak"]["device"] == {"predicted_bytes": 9_000_000_000, "measured_bytes": 9_900_000_000}
+    records = report["phases"]["train"]["components"]["records"]
+    assert records == {"home": "host", "predicted_bytes": 804_000_000, "measured_bytes": None}
+    assert report["alternatives"]["this run"]["measured_bytes"] is None
     text = Page(run / "report.html").text
-    assert "peak device memory" in text
-    assert "+10.0%" in text
-    assert "Imaginary GPU" in text
+    assert "The run has not got to measuring its phases yet." in text
+    assert "Moments of training" in text
 
 
 def test_a_run_of_settings_and_metrics_alone_is_reported(bare_run: Path) -> None:
@@ -159,11 +173,14 @@ def test_a_run_of_settings_and_metrics_alone_is_reported(bare_run: Path) -> None
     assert "not got to evaluating this yet: base, hard-pruned start, compressed." in text
 
 
-def test_a_run_before_its_first_step_has_no_plots(run: Path) -> None:
+def test_a_run_before_its_first_step_has_no_curves(run: Path) -> None:
+    write_report(run)
     write_metrics(run, [])
     report = write_report(run)
     assert report["training"]["final_loss"] is None
-    assert not (run / "plots").exists()
+    plots = {path.stem for path in (run / "plots").iterdir()}
+    assert "memory_over_time" in plots
+    assert plots.isdisjoint(CURVES)
     assert "The run has not got to its first step yet." in Page(run / "report.html").text
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pcscale.common.errors import RequestError
 from pcscale.reporting.run_data import read_run
-from tests.reporting.run_folder import EVALUATION, SKIPPED_STEP, STEPS, TOKENS_PER_STEP, metrics, write_document
+from tests.reporting.run_folder import EVALUATION, MEMORY, SKIPPED_STEP, STEPS, TOKENS_PER_STEP, metrics, write_document
 
 
 def test_a_finished_run_is_read_whole(run: Path) -> None:
@@ -23,7 +23,52 @@ def test_a_finished_run_is_read_whole(run: Path) -> None:
 
 def test_what_a_run_has_not_reached_is_absent(bare_run: Path) -> None:
     data = read_run(bare_run)
-    assert (data.plan, data.evaluation, data.merge, data.usage) == (None, {}, None, None)
+    assert (data.plan, data.evaluation, data.merge, data.usage, data.memory) == (None, {}, None, None, None)
+
+
+def test_the_series_of_memory_is_read(run: Path) -> None:
+    samples = read_run(run).memory
+    assert samples is not None
+    assert len(samples) == len(MEMORY["samples"])
+    assert samples[-1].phase == "evaluate"
+    assert samples[20].moment == "backward"
+    assert samples[20].host == MEMORY["samples"][20]["host"]
+    assert samples[20].device == {}
+
+
+SAMPLE = {"seconds": 1.5, "phase": "train", "moment": None, "host": {"records": 5}, "device": {}}
+
+
+@pytest.mark.parametrize(
+    ("samples", "problem"),
+    [
+        ("many", "has a str under 'samples', expected a list."),
+        ([SAMPLE, 12], "sample 2 is 12, expected seconds, phase, moment, host, device."),
+        (
+            [{"seconds": 1.5, "phase": "train"}],
+            "sample 1 has only seconds, phase, expected seconds, phase, moment, host",
+        ),
+        ([{}], "sample 1 has only nothing, expected seconds"),
+        ([SAMPLE | {"seconds": "late"}], "sample 1: seconds is 'late', expected a number."),
+        ([SAMPLE | {"seconds": float("nan")}], "sample 1: seconds is nan, expected a number."),
+        ([SAMPLE | {"phase": 3}], "sample 1: phase is 3 and moment None, expected a name and a name or null."),
+        ([SAMPLE | {"host": [5]}], "sample 1: host is [5], expected bytes by component."),
+        ([SAMPLE | {"device": {"records": "5"}}], "sample 1: device is {'records': '5'}, expected bytes by component."),
+        ([SAMPLE | {"host": {"records": None}}], "sample 1: host is {'records': None}, expected bytes by component."),
+    ],
+)
+def test_a_broken_series_is_refused_by_its_sample(run: Path, samples: object, problem: str) -> None:
+    write_document(run, "memory.json", {"samples": samples})
+    with pytest.raises(RequestError) as caught:
+        read_run(run)
+    assert str(caught.value).startswith(f"{run / 'memory.json'} {problem}")
+    assert str(caught.value).endswith("Restore the file, or delete it for a report without memory over time.")
+
+
+def test_a_series_without_samples_is_refused(run: Path) -> None:
+    write_document(run, "memory.json", {})
+    with pytest.raises(RequestError, match=r"memory\.json has no 'samples', expected samples\. Restore the file\."):
+        read_run(run)
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -38,7 +83,7 @@ def test_a_folder_without_settings_or_metrics_is_no_run(run: Path, name: str) ->
         read_run(run)
 
 
-@pytest.mark.parametrize("name", ["plan.json", "evaluation.json", "merge.json", "usage.json"])
+@pytest.mark.parametrize("name", ["plan.json", "evaluation.json", "merge.json", "usage.json", "memory.json"])
 def test_broken_json_is_refused_by_name(run: Path, name: str) -> None:
     (run / name).write_text('{"base": ', encoding="utf-8")
     with pytest.raises(RequestError, match=f"{re.escape(name)} is not JSON"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pcscale.memory.estimate import merge_need_bytes
+from pcscale.memory.working import merge_need_bytes
 from tests.merging.trained import (
     TrainedRun,
     assert_same_tensors,

@@ -10,7 +10,7 @@ import pytest
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
 from pcscale.families.widths import make_plan
-from pcscale.memory.estimate import record_format
+from pcscale.memory.components import record_format
 from pcscale.projection.layout import record_bytes
 from tests.training.runs import (
     World,

@@ -1,0 +1,118 @@
+"""What this process holds, as the system tells it, and giving back what the allocator keeps."""
+
+import ctypes
+import gc
+import re
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from pcscale.common.ledger import ledger
+
+_STATUS = Path("/proc/self/status")
+_CPU_INFO = Path("/proc/cpuinfo")
+_RSS = {name: re.compile(rb"Rss" + name + rb":\s+(\d+) kB") for name in (b"Anon", b"File")}
+
+
+def _resident(name: bytes) -> int | None:
+    """Resident memory of this process of one kind; None: the system does not say."""
+    try:
+        match = _RSS[name].search(_STATUS.read_bytes())
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process: what no file backs (docs/decisions/0004). Elsewhere than Linux: all of it."""
+    found = _resident(b"Anon")
+    return psutil.Process().memory_info().rss if found is None else found
+
+
+def file_bytes() -> int | None:
+    """Resident pages of mapped files; None: the system does not tell them apart."""
+    return _resident(b"File")
+
+
+def unique_bytes() -> int | None:
+    """Memory that would be free if this process ended (USS); None: the system does not say. Takes milliseconds."""
+    try:
+        return psutil.Process().memory_full_info().uss
+    except (psutil.Error, OSError, AttributeError):
+        return None
+
+
+def written_bytes() -> int:
+    """Bytes that this process has sent to disks so far; 0 where the system does not count them."""
+    try:
+        return psutil.Process().io_counters().write_bytes
+    except (psutil.Error, OSError, AttributeError, NotImplementedError):
+        return 0
+
+
+def trim() -> None:
+    """Give memory that is free inside the C library's allocator back to the system: it keeps gigabytes of tensors."""
+    trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim_heap is not None:
+        trim_heap(0)
+
+
+def release_freed() -> None:
+    """Collect garbage, and give what is free back to the system."""
+    gc.collect()
+    trim()
+
+
+def settle(device: Any) -> None:
+    """Between two moments on a torch device, when nothing temporary is held: what was freed goes back to the system.
+
+    Where the host computes, activations that the allocator keeps would otherwise be beside what comes next.
+    """
+    if device.type == "cpu":
+        trim()
+    ledger.settle()
+
+
+class AnonymousPeak:
+    """Samples anonymous memory on a thread while the block runs. Overhead: some ten microseconds a sample."""
+
+    def __init__(self, interval_seconds: float = 0.02) -> None:
+        self.interval_seconds = interval_seconds
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self.interval_seconds):
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+    def __enter__(self) -> "AnonymousPeak":
+        self.peak_bytes = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on. Units: bytes."""
+    import torch
+
+    model = "unknown"
+    if _CPU_INFO.exists():
+        match = re.search(r"model name\s*:\s*(.+)", _CPU_INFO.read_text())
+        model = match[1] if match else model
+    return {
+        "cpu": model,
+        "cores": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "memory_bytes": psutil.virtual_memory().total,
+    }

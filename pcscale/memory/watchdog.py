@@ -1,0 +1,59 @@
+"""A warning before memory runs out, while there is still time to stop at a checkpoint."""
+
+import time
+from collections.abc import Callable
+
+from pcscale.common.console import console
+from pcscale.common.units import format_bytes
+from pcscale.memory.limits import Limit
+
+NEAR_SHARE = 0.95
+"""From this share of a limit on it is near."""
+CALM_SHARE = 0.90
+"""Below this share a warning may be given again."""
+INTERVAL_SECONDS = 1.0
+
+Look = Callable[[], int]
+"""Gives the bytes in use that count against a limit."""
+
+
+class Watchdog:
+    """Compares memory in use with its limits.
+
+    Args:
+        limits: what there is by home (`host`, `device`), and how to see what of it is in use.
+    """
+
+    def __init__(self, limits: dict[str, tuple[Limit, Look]]) -> None:
+        self._limits = limits
+        self._warned: set[str] = set()
+        self._next_look = 0.0
+
+    def look(self, host: dict[str, int], device: dict[str, int]) -> None:
+        """Warn where memory is within 5 % of its limit, once until it has fallen below 90 % of it.
+
+        Args:
+            host, device: what this process holds, by component.
+        """
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + INTERVAL_SECONDS
+        for home, components in (("host", host), ("device", device)):
+            limit, in_use = self._limits.get(home, (None, None))
+            if limit is None or limit.num_bytes is None or in_use is None:
+                continue
+            used = in_use()
+            if used < CALM_SHARE * limit.num_bytes:
+                self._warned.discard(home)
+            elif used >= NEAR_SHARE * limit.num_bytes and home not in self._warned:
+                self._warned.add(home)
+                console.warn(_message(home, used, limit, components))
+
+
+def _message(home: str, used: int, limit: Limit, components: dict[str, int]) -> str:
+    largest = max(components, key=lambda name: components[name], default=None)
+    what = f"; the largest part of this run is {largest} ({format_bytes(components[largest])})" if largest else ""
+    return (
+        f"{home} memory is nearly full: {format_bytes(used)} of {format_bytes(limit.num_bytes or 0)} "
+        f"({limit.source}){what}. Ctrl-C writes a checkpoint; `pcscale plan` says what would need less."
+    )

@@ -1,0 +1,85 @@
+"""`pcscale plan` with a budget: what it chooses runs, and what cannot fit is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pcscale.config.load import load_run_config
+from tests.training.runs import World, invoke, refusal
+
+GIB = 2**30
+
+
+def chosen(world: World, folder: Path, *arguments: str) -> dict[str, object]:
+    return json.loads(invoke("plan", world.base, *arguments, "--write", folder / "run.yaml", "--json").stdout)
+
+
+def test_the_written_file_holds_what_was_chosen_and_compress_takes_it(world: World, tmp_path: Path) -> None:
+    document = chosen(world, tmp_path, "--host-memory", "4GiB", "--disk", "4GiB", "--data", str(world.text))
+    config = load_run_config(tmp_path / "run.yaml")
+    assert {key: entry["value"] for key, entry in document["chosen"].items()} == {
+        key: getattr(config, key) for key in document["chosen"]
+    }
+    assert all(document["needs"][resource] <= 4 * GIB for resource in ("host", "disk"))
+    overrides = [f"output={tmp_path / 'run'}", "sequence_length=16", "calibration_tokens=64", "max_steps=1"]
+    report = invoke("compress", tmp_path / "run.yaml", *overrides, "--dry-run", "--json")
+    assert report.exit_code == 0, report.stderr
+
+
+def test_without_data_the_file_says_how_to_name_it(world: World, tmp_path: Path) -> None:
+    chosen(world, tmp_path, "--host-memory", "4GiB")
+    text = (tmp_path / "run.yaml").read_text()
+    assert "data.train=" in text
+    assert "data" not in yaml.safe_load(text)
+    assert "data is not set" in refusal("compress", tmp_path / "run.yaml")
+    assert load_run_config(tmp_path / "run.yaml", [f"data.train={world.text}"]).data.train == [str(world.text)]
+
+
+def test_several_gpus_get_a_deepspeed_file_beside_the_settings(world: World, tmp_path: Path) -> None:
+    document = chosen(world, tmp_path, "--device-memory", "24GB", "--gpus", "2", "--data", str(world.text))
+    file = tmp_path / str(document["chosen"]["deepspeed"]["value"])
+    assert json.loads(file.read_text())["zero_optimization"]["stage"] > 0
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["deepspeed"] == str(file)
+
+
+@pytest.mark.parametrize("size", ["-1", "lots", "24 XB", "0"])
+def test_a_size_that_is_none_is_refused(size: str, world: World, tmp_path: Path) -> None:
+    said = refusal("plan", world.base, f"--host-memory={size}", "--write", tmp_path / "run.yaml")
+    assert f"'{size}' is not a size" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["24 GB", "24GiB", "24g", "25769803776"])
+def test_sizes_are_read_as_people_write_them(size: str, world: World, tmp_path: Path) -> None:
+    document = chosen(world, tmp_path, "--host-memory", size)
+    assert document["needs"]["host"] <= 24 * GIB
+
+
+def test_a_budget_below_the_interpreter_is_refused_with_the_least_that_would_do(world: World, tmp_path: Path) -> None:
+    arguments = ["plan", world.base, "--write", tmp_path / "run.yaml", "--host-memory"]
+    said = refusal(*arguments, "100MiB", exit_code=3)
+    least = int(said.rpartition("(")[2].partition(" bytes")[0])
+    assert not (tmp_path / "run.yaml").exists()
+    refusal(*arguments, str(least - 1), exit_code=3)
+    assert invoke(*arguments, str(least)).exit_code == 0
+
+
+def test_a_file_that_is_there_is_never_replaced(world: World, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("mine")
+    said = refusal("plan", world.base, "--host-memory", "4GiB", "--write", tmp_path / "run.yaml")
+    assert "exists already" in said
+    assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+def test_an_unknown_machine_is_refused_with_the_known_ones(world: World) -> None:
+    said = refusal("plan", world.base, "--hardware", "abacus")
+    assert "'abacus' is no machine that pcscale knows" in said
+    assert "rtx-4090" in said
+
+
+def test_a_named_machine_gives_times(world: World) -> None:
+    document = json.loads(invoke("plan", world.base, "--hardware", "h100-80gb", "--json").stdout)
+    seconds = document["step_seconds"]
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))

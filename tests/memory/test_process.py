@@ -1,0 +1,103 @@
+"""What the system tells of this process, and what is given back to it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pcscale.memory.process import (
+    AnonymousPeak,
+    anonymous_bytes,
+    file_bytes,
+    machine,
+    settle,
+    unique_bytes,
+    written_bytes,
+)
+from pcscale.storage.index import read_header
+from pcscale.storage.reader import TensorReader
+from tests.memory.touched import SIZE, SLACK, touched, wait_until
+from tests.projection.parts import CPU
+
+
+def test_a_touched_tensor_is_anonymous_memory() -> None:
+    before = anonymous_bytes()
+    tensor = touched()
+    held = anonymous_bytes()
+    assert held - before == pytest.approx(tensor.nbytes, abs=SLACK)
+    del tensor
+    assert held - anonymous_bytes() == pytest.approx(SIZE, abs=SLACK)
+
+
+def test_a_mapped_file_is_not(tmp_path: Path) -> None:
+    save_file({"x": touched()}, tmp_path / "x.safetensors")
+    reader = TensorReader(read_header(tmp_path / "x.safetensors")[0])
+    before, of_files = anonymous_bytes(), file_bytes()
+    tensor = reader.tensor("x")
+    assert tensor.sum().item() == SIZE // 4
+    assert tensor.nbytes == SIZE
+    assert anonymous_bytes() - before < SLACK
+    if of_files is not None:
+        assert (file_bytes() or 0) - of_files == pytest.approx(SIZE, abs=SLACK)
+
+
+def test_memory_of_this_process_alone_is_its_anonymous_memory_and_little_more() -> None:
+    before, tensor = unique_bytes(), touched()
+    after = unique_bytes()
+    assert before is not None
+    assert after is not None
+    assert after - before == pytest.approx(tensor.nbytes, abs=SLACK)
+
+
+def test_what_is_written_and_synced_is_counted(tmp_path: Path) -> None:
+    before = written_bytes()
+    with (tmp_path / "file").open("wb") as file:
+        file.write(bytes(SIZE))
+        found = written_bytes() - before
+    # Some file systems, such as those in memory, count nothing.
+    assert found == 0 or found == pytest.approx(SIZE, abs=SLACK)
+
+
+def hold_until_sampled(peak: AnonymousPeak) -> None:
+    """Hold a tensor for no longer than a sample needs."""
+    least = anonymous_bytes() + SIZE - SLACK
+    tensor = touched()
+    wait_until(lambda: peak.peak_bytes >= least)
+    assert tensor.nbytes == SIZE
+
+
+def test_the_peak_outlives_what_caused_it() -> None:
+    before = anonymous_bytes()
+    with AnonymousPeak(interval_seconds=0.002) as peak:
+        hold_until_sampled(peak)
+        assert anonymous_bytes() - before < SLACK
+    assert peak.peak_bytes - before == pytest.approx(SIZE, abs=SLACK)
+
+
+def test_without_a_sample_the_peak_is_what_is_held_at_the_end() -> None:
+    with AnonymousPeak(interval_seconds=1000) as peak:
+        before = peak.peak_bytes
+        tensor = touched()
+    assert peak.peak_bytes - before == pytest.approx(tensor.nbytes, abs=SLACK)
+
+
+def test_settling_gives_back_what_was_freed() -> None:
+    blocks = [torch.ones(30_000) for _ in range(1000)]
+    held = anonymous_bytes()
+    size = sum(block.nbytes for block in blocks)
+    last = blocks.pop()  # Above all others, so that the allocator keeps those.
+    del blocks
+    assert held - anonymous_bytes() < size / 4
+    settle(CPU)
+    assert held - anonymous_bytes() == pytest.approx(size, abs=size / 4)
+    assert last.nbytes == 120_000
+
+
+def test_the_machine_is_described() -> None:
+    found = machine()
+    assert found.keys() == {"cpu", "cores", "gpu", "memory_bytes"}
+    assert found["cpu"]
+    assert found["cores"] == torch.get_num_threads()
+    total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0]) * 1024
+    assert found["memory_bytes"] == total
