@@ -105,10 +105,10 @@ def _begin(
     tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
     for sources in (config.data.train, config.data.validation or []):
         describe(sources)
-    check_requests(setup, config, folder)
-    document = predict(setup, config)
     if not dry_run and group.topology.is_first:
         folder.clear_residency()
+    check_requests(setup, config, folder)
+    document = predict(setup, config)
     check_fit(document, setup, config, folder, force)
     return _Begun(setup, tokenizer, document, checkpoint, manifest)
 

@@ -67,6 +67,7 @@ def test_a_run_leaves_every_part_in_its_folder(finished: Path) -> None:
         "evaluation.json",
         "merge.json",
         "usage.json",
+        "memory.json",
         "checkpoints",
         "merged",
         "report.html",

@@ -280,7 +280,7 @@ def test_resume_of_a_finished_run_trains_nothing(
     after = snapshot(run)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     # The settings name the copy; the merged model is evaluated again, with its times.
-    assert changed <= {"run.yaml", "usage.json", "evaluation.json"}
+    assert changed <= {"run.yaml", "usage.json", "memory.json", "evaluation.json"}
     assert _losses(run) == _losses(reference)
 
 

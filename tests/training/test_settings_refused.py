@@ -104,4 +104,4 @@ def test_too_little_disk_for_the_records_is_refused_before_anything_is_written(
     said = refusal("compress", yaml, exit_code=1)
     assert said.endswith("Free at least 1000 bytes more, or choose another output.")
     assert not run.exists()
-    assert invoke("compress", yaml, "residency=cpu", "--dry-run").exit_code == 0
+    assert invoke("compress", yaml, "residency=cpu", "--dry-run", "--force").exit_code == 0

@@ -119,6 +119,7 @@ def test_a_run_leaves_its_results_and_no_records_folder(finished: Path) -> None:
         "evaluation.json",
         "merge.json",
         "usage.json",
+        "memory.json",
         "checkpoints",
         "merged",
         CACHE_NAME,
