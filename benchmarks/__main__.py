@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks import demo, gpu, memory, merge_7b, plan_time, quality, ranks, step_time, sweep_time
+from benchmarks import demo, gpu, memory, memory_plan, merge_7b, plan_time, quality, ranks, step_time, sweep_time
 from benchmarks.report import write_report
 from pcscale.common.console import console
 
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "demo": (demo, demo.run),
     "memory-1b": (memory, memory.run_1b),
     "memory-8b": (memory, memory.run_8b),
+    "memory-plan": (memory_plan, memory_plan.run),
     "state-quality": (quality, quality.run),
     "ranks": (ranks, ranks.run),
     "gpu": (gpu, gpu.run),

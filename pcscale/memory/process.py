@@ -41,7 +41,7 @@ def unique_bytes() -> int | None:
     """Memory that would be free if this process ended (USS); None: the system does not say. Takes milliseconds."""
     try:
         return psutil.Process().memory_full_info().uss
-    except (psutil.Error, OSError, AttributeError):
+    except (psutil.Error, OSError, AttributeError):  # No /proc, or a system without USS: said as None.
         return None
 
 
@@ -49,6 +49,7 @@ def written_bytes() -> int:
     """Bytes that this process has sent to disks so far; 0 where the system does not count them."""
     try:
         return psutil.Process().io_counters().write_bytes
+    # A kernel that does not count, a sandbox that hides the file, or psutil without it (NotImplementedError).
     except (psutil.Error, OSError, AttributeError, NotImplementedError):
         return 0
 

@@ -23,6 +23,7 @@ from pcscale.memory.components import (
     START,
     TEMPORARIES,
 )
+from pcscale.memory.hardware import HARDWARE
 from pcscale.memory.place import Parts, Place, ZeroForm
 from tests.tiny import SIZES
 
@@ -97,3 +98,18 @@ def sums(parts: Parts) -> dict[str, int]:
         if part.home != "disk":
             found["device_bytes" if part.home == "device" else "host_bytes"] += part.num_bytes
     return found
+
+
+SLOW_HOST = replace(
+    HARDWARE["rtx-4090"],
+    name="host",
+    product_rates={"float32": 1.5e11, "bfloat16": 1e10},
+    training_rates={"float32": 1.1e11, "bfloat16": 5e9},
+    memory_bandwidth=1.5e10,
+    bus_bandwidth=1.2e10,
+    rank_bandwidth=4e8,
+    update_seconds={"float32/32bit": 2e-9, "float32/8bit": 4e-9, "bfloat16/32bit": 6e-9, "bfloat16/8bit": 8e-9},
+    decode_seconds=1.5e-9,
+    device_bytes=None,
+)
+"""A host of two cores without a GPU, about as fast as those that reports were measured on."""

@@ -36,21 +36,10 @@ from pcscale.memory.step_time import step_seconds
 from pcscale.projection.layout import record_bytes
 from pcscale.projection.residency import Residency, check_budget
 from tests.families.real_models import LLAMA_1B
-from tests.memory.plans import settings
+from tests.memory.plans import SLOW_HOST, settings
 
 GPU = HARDWARE["rtx-4090"]
-HOST = replace(
-    GPU,
-    name="host",
-    product_rates={"float32": 1.5e11, "bfloat16": 1e10},
-    training_rates={"float32": 1.1e11, "bfloat16": 5e9},
-    memory_bandwidth=1.5e10,
-    bus_bandwidth=1.2e10,
-    rank_bandwidth=4e8,
-    update_seconds={"float32/32bit": 2e-9, "float32/8bit": 4e-9, "bfloat16/32bit": 6e-9, "bfloat16/8bit": 8e-9},
-    decode_seconds=1.5e-9,
-    device_bytes=None,
-)
+HOST = SLOW_HOST
 GIB = 2**30
 MODEL = LLAMA_1B | {"dtype": "bfloat16", "num_hidden_layers": 6}
 STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "sequence_length": 2048}

@@ -26,21 +26,11 @@ from pcscale.memory.step_time import (
 )
 from pcscale.projection.layout import RecordFormat, record_bytes
 from tests.families.real_models import LLAMA_1B, LLAMA_1B_UNTIED, LLAMA_8B
+from tests.memory.plans import SLOW_HOST
 from tests.memory.slow_step import TINY, SlowStep
 
 GPU = HARDWARE["a100-80gb"]
-HOST = replace(
-    GPU,
-    name="host",
-    product_rates={"float32": 1.5e11, "bfloat16": 1e10},
-    training_rates={"float32": 1.1e11, "bfloat16": 5e9},
-    memory_bandwidth=1.5e10,
-    bus_bandwidth=1.2e10,
-    rank_bandwidth=4e8,
-    update_seconds=dict.fromkeys(GPU.update_seconds, 5e-9),
-    decode_seconds=1.5e-9,
-    device_bytes=None,
-)
+HOST = replace(SLOW_HOST, update_seconds=dict.fromkeys(GPU.update_seconds, 5e-9))
 MACHINES = {"gpu": GPU, "host": HOST}
 EXACT = 1e-9
 FORMS = [
