@@ -135,9 +135,18 @@ def choose(plan: Plan, config: RunConfig, budget: Budget, hardware: Hardware) ->
             f"{config.sequences_per_step} sequences a step cannot be shared by {budget.gpus} GPUs: set "
             "gradient_accumulation_steps so that they can."
         )
-    fitting = [choice for choice in candidates(plan, config, budget) if choice.fits(budget)]
+    found = list(candidates(plan, config, budget))
+    choice = fastest_fitting(plan, found, budget, hardware)
+    if choice is None:
+        raise BudgetError(_explain_refusal(found, config, budget))
+    return choice
+
+
+def fastest_fitting(plan: Plan, found: list[Choice], budget: Budget, hardware: Hardware) -> Choice | None:
+    """Of these candidates the fastest that fits; of equally fast ones the first. None: none fits."""
+    fitting = [choice for choice in found if choice.fits(budget)]
     if not fitting:
-        raise BudgetError(explain_refusal(plan, config, budget))
+        return None
     timed = [replace(choice, seconds=_seconds(plan, choice, hardware)) for choice in fitting]
     fastest = min(choice.seconds for choice in timed)
     return next(choice for choice in timed if choice.seconds <= SAME_TIME * fastest)
@@ -212,9 +221,12 @@ def _batches(config: RunConfig, budget: Budget) -> list[dict[str, int]]:
     return [{"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size} for size in sizes]
 
 
-def explain_refusal(plan: Plan, config: RunConfig, budget: Budget) -> str:
+def _explain_refusal(found: list[Choice], config: RunConfig, budget: Budget) -> str:
     """Why nothing fits: the least of each resource at all, and the one change that would help most."""
-    found = list(candidates(plan, config, budget))
+    if not found:
+        return (
+            f"pinned_memory {config.pinned_memory} is too small for records on any home but a GPU. Give more, or none."
+        )
     limits = {"device": budget.device, "host": budget.host, "disk": budget.disk}
     given = {name: limit for name, limit in limits.items() if limit is not None}
     least = ", ".join(f"{RESOURCES[name]} {format_bytes(min(c.needs[name] for c in found))}" for name in given)

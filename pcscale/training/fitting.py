@@ -14,7 +14,7 @@ from pcscale.common.topology import ALONE
 from pcscale.common.units import format_bytes, format_seconds, parse_bytes
 from pcscale.config.schema import RunConfig
 from pcscale.distributed.settings import read_engine_settings, without_replicated_bf16
-from pcscale.memory.budget import KNOBS, Budget, Choice, choose, needs_of
+from pcscale.memory.budget import KNOBS, Budget, Choice, candidates, fastest_fitting, needs_of
 from pcscale.memory.components import record_format
 from pcscale.memory.estimate import plan_document
 from pcscale.memory.hardware import CALIBRATION_NAME, named_hardware, read_calibration
@@ -60,16 +60,15 @@ def _devices(setup: Setup, config: RunConfig) -> list[dict[str, Any]]:
         update={"deepspeed": None, "base_home": "disk" if config.base_home == "zero" else config.base_home}
     )
     as_it_is = needs_of(setup.plan, plain, Place())["device"]
+    sizes = [size * 10**9 for size in DEVICE_SIZES]
+    others = list(candidates(setup.plan, plain, Budget(sizes[0]))) if as_it_is > sizes[0] else []
     found = []
-    for size in DEVICE_SIZES:
-        device_bytes, change, fits = size * 10**9, "", as_it_is <= size * 10**9
-        if not fits:
-            try:
-                choice = choose(setup.plan, plain, Budget(device_bytes), named_hardware(_ANY_GPU))
-                change, fits = _changes(choice, plain), True
-            except BudgetError:
-                change = "does not fit"
-        found.append({"device_bytes": device_bytes, "fits": fits, "change": change})
+    for device_bytes in sizes:
+        change = ""
+        if as_it_is > device_bytes:
+            choice = fastest_fitting(setup.plan, others, Budget(device_bytes), named_hardware(_ANY_GPU))
+            change = "does not fit" if choice is None else _changes(choice, plain)
+        found.append({"device_bytes": device_bytes, "fits": change != "does not fit", "change": change})
     return found
 
 

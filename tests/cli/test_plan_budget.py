@@ -83,3 +83,14 @@ def test_a_named_machine_gives_times(world: World) -> None:
     document = json.loads(invoke("plan", world.base, "--hardware", "h100-80gb", "--json").stdout)
     seconds = document["step_seconds"]
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+
+
+def test_a_cap_that_no_residency_keeps_is_refused(world: World, tmp_path: Path) -> None:
+    arguments = ["--host-memory", "4GiB", "--write", tmp_path / "run.yaml", "pinned_memory=10"]
+    said = refusal("plan", world.base, *arguments, exit_code=3)
+    assert "pinned_memory 10 is too small for records in host memory and in files" in said
+
+
+def test_gpus_that_cannot_share_a_step_are_refused(world: World, tmp_path: Path) -> None:
+    said = refusal("plan", world.base, "--device-memory", "24GB", "--gpus", "3", "--write", tmp_path / "run.yaml")
+    assert "32 sequences a step cannot be shared by 3 GPUs" in said
