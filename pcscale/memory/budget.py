@@ -224,9 +224,7 @@ def _batches(config: RunConfig, budget: Budget) -> list[dict[str, int]]:
 def _explain_refusal(found: list[Choice], config: RunConfig, budget: Budget) -> str:
     """Why nothing fits: the least of each resource at all, and the one change that would help most."""
     if not found:
-        return (
-            f"pinned_memory {config.pinned_memory} is too small for records on any home but a GPU. Give more, or none."
-        )
+        return f"pinned_memory {config.pinned_memory} is too small for records in host memory and in files. Give more."
     limits = {"device": budget.device, "host": budget.host, "disk": budget.disk}
     given = {name: limit for name, limit in limits.items() if limit is not None}
     least = ", ".join(f"{RESOURCES[name]} {format_bytes(min(c.needs[name] for c in found))}" for name in given)

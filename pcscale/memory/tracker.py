@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pcscale.common.ledger import CONTEXT, LIBRARIES, WORKING, ledger
-from pcscale.memory.process import anonymous_bytes, file_bytes, release_freed, unique_bytes, written_bytes
+from pcscale.memory.process import anonymous_bytes, file_bytes, trim, unique_bytes, written_bytes
 from pcscale.memory.series import Sample, Series
 from pcscale.memory.watchdog import Watchdog
 
@@ -91,7 +91,7 @@ class Tracker:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the block as a phase."""
-        release_freed()
+        trim()
         self.settle()
         usage = self.phases.setdefault(name, Usage())
         self._phase, self._moment, self._written = name, None, written_bytes()

@@ -27,7 +27,7 @@ from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, pre
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.importance.select import KeptIndices, select
 from pcscale.memory.limits import device_in_use, device_limit, host_in_use, host_limit
-from pcscale.memory.process import machine, release_freed
+from pcscale.memory.process import machine, release_freed, settle
 from pcscale.memory.series import Series
 from pcscale.memory.tracker import Tracker, Usage, allocator_snapshot
 from pcscale.memory.watchdog import Watchdog
@@ -227,8 +227,7 @@ class _Run:
         torch.manual_seed(config.seed)
         with ledger.during("start"):
             training = self._build(kept, checkpoint, manifest)
-            release_freed()
-            ledger.settle()
+            settle(training.optimizer.engine.device)
         if not checkpoint and "start" not in self.evaluation():
             self._evaluate_start(training)
         if group.topology.is_first:
