@@ -4,12 +4,14 @@ import ctypes
 import gc
 import re
 import threading
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 
+from pcscale.common.console import console
 from pcscale.common.ledger import ledger
 
 _STATUS = Path("/proc/self/status")
@@ -27,9 +29,23 @@ def _resident(name: bytes) -> int | None:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process: what no file backs (docs/decisions/0004). Elsewhere than Linux: all of it."""
+    """Anonymous memory of this process: what no file backs (docs/decisions/0004).
+
+    Where the system does not tell it apart (it is not Linux, or hides /proc): all resident memory, and a warning.
+    """
     found = _resident(b"Anon")
-    return psutil.Process().memory_info().rss if found is None else found
+    if found is not None:
+        return found
+    _warn_of_resident_memory()
+    return psutil.Process().memory_info().rss
+
+
+@cache
+def _warn_of_resident_memory() -> None:
+    console.warn(
+        f"{_STATUS} does not tell anonymous memory here: measured host memory is all that is resident, "
+        "mapped files with it."
+    )
 
 
 def file_bytes() -> int | None:

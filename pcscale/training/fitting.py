@@ -18,8 +18,9 @@ from pcscale.memory.budget import KNOBS, Budget, Choice, candidates, fastest_fit
 from pcscale.memory.components import record_format
 from pcscale.memory.estimate import plan_document
 from pcscale.memory.hardware import CALIBRATION_NAME, named_hardware, read_calibration
-from pcscale.memory.limits import Limit, device_limit, disk_free, host_limit
+from pcscale.memory.limits import Limit, device_limit, disk_free, host_left, host_limit
 from pcscale.memory.place import Place, ZeroForm
+from pcscale.memory.process import anonymous_bytes
 from pcscale.memory.working import merge_need_bytes
 from pcscale.merging.merge import try_writer
 from pcscale.projection.layout import check_rank, record_bytes
@@ -80,7 +81,7 @@ def _changes(choice: Choice, config: RunConfig) -> str:
 
 
 def check_fit(document: dict[str, Any], setup: Setup, config: RunConfig, folder: RunFolder, force: bool) -> None:
-    """Refuse a run whose prediction is more than there is.
+    """Refuse a run whose prediction is more than there is; warn of one that fits only once other processes have ended.
 
     Args:
         force: only warn.
@@ -99,6 +100,7 @@ def check_fit(document: dict[str, Any], setup: Setup, config: RunConfig, folder:
                 f"there is {format_bytes(limit.num_bytes)} ({limit.source})"
             )
     if not problems:
+        _warn_of_others(document, place)
         return
     message = f"the run does not fit: {'; '.join(problems)}."
     if not force:
@@ -107,6 +109,20 @@ def check_fit(document: dict[str, Any], setup: Setup, config: RunConfig, folder:
             "--force runs it all the same."
         )
     console.warn(message)
+
+
+def _warn_of_others(document: dict[str, Any], place: Place) -> None:
+    needed = place.sharing * max(peak["host_bytes"] for peak in document["peak"].values())
+    left = host_left()
+    if left.num_bytes is None:
+        return
+    # What this process holds already is part of what it needs.
+    free = left.num_bytes + anonymous_bytes()
+    if needed > free:
+        console.warn(
+            f"the run needs {format_bytes(needed)} of host memory, and other processes leave {format_bytes(free)} "
+            f"of it now ({left.source}). It may run out unless they end."
+        )
 
 
 def _limits(folder: RunFolder, place: Place) -> list[tuple[str, str, Limit, int]]:

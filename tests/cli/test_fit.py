@@ -37,6 +37,16 @@ def test_force_begins_it_with_a_warning(little_memory: None, world: World, run: 
     assert (run / "merged").is_dir()
 
 
+def test_a_run_that_others_leave_no_room_for_begins_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, world: World, run: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fitting, "host_left", lambda: Limit(MIB, "a busy machine"))
+    monkeypatch.setattr(fitting, "anonymous_bytes", lambda: 2 * MIB)
+    said = invoke("compress", write_yaml(tmp_path / "run.yaml", run_values(world, run)), "--dry-run")
+    assert said.exit_code == 0
+    assert "other processes leave 3.0 MiB of it now (a busy machine)" in " ".join(said.stderr.split())
+
+
 def test_the_plan_is_said_with_the_limits_it_must_fit(world: World, run: Path, tmp_path: Path) -> None:
     yaml = write_yaml(tmp_path / "run.yaml", run_values(world, run))
     said = invoke("compress", yaml, "--dry-run").stderr

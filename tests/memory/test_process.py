@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from pcscale.common.console import console
+from pcscale.memory import process
 from pcscale.memory.process import (
     AnonymousPeak,
     anonymous_bytes,
@@ -41,6 +44,20 @@ def test_a_mapped_file_is_not(tmp_path: Path) -> None:
     assert anonymous_bytes() - before < SLACK
     if of_files is not None:
         assert (file_bytes() or 0) - of_files == pytest.approx(SIZE, abs=SLACK)
+
+
+def test_where_anonymous_memory_is_not_told_apart_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console.configure(quiet=False)
+    monkeypatch.setattr(process, "_STATUS", tmp_path / "hidden")
+    process._warn_of_resident_memory.cache_clear()
+    resident = psutil.Process().memory_info().rss
+    assert anonymous_bytes() == pytest.approx(resident, abs=SLACK)
+    assert anonymous_bytes() == pytest.approx(resident, abs=SLACK)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("all that is resident, mapped files with it") == 1
+    assert file_bytes() is None
 
 
 def test_memory_of_this_process_alone_is_its_anonymous_memory_and_little_more() -> None:
