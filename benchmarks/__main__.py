@@ -4,7 +4,20 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks import demo, gpu, memory, memory_plan, merge_7b, plan_time, quality, ranks, step_time, sweep_time
+from benchmarks import (
+    budget,
+    demo,
+    gpu,
+    memory,
+    memory_plan,
+    merge_7b,
+    plan_time,
+    quality,
+    ranks,
+    step_time,
+    sweep_time,
+    tracker,
+)
 from benchmarks.report import write_report
 from pcscale.common.console import console
 
@@ -17,6 +30,8 @@ BENCHMARKS = {
     "memory-1b": (memory, memory.run_1b),
     "memory-8b": (memory, memory.run_8b),
     "memory-plan": (memory_plan, memory_plan.run),
+    "budget": (budget, budget.run),
+    "tracker": (tracker, tracker.run),
     "state-quality": (quality, quality.run),
     "ranks": (ranks, ranks.run),
     "gpu": (gpu, gpu.run),

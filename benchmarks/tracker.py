@@ -1,0 +1,100 @@
+"""What measuring memory costs: steps of SmolLM2-135M cut to half, with and without the tracker of `pcscale compress`
+around them, in one process, alternating; medians. Beside the whole steps, which noise on a machine can hide it in: the
+time of one sample and of one change of moment, times how often a step takes them."""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import Row
+from pcscale.base.mapped import MappedBase
+from pcscale.base.resolve import resolve_base
+from pcscale.common.cache import cache_folder
+from pcscale.common.ledger import ledger
+from pcscale.compressed.loss import NextTokenLoss
+from pcscale.compressed.model import build_compressed
+from pcscale.families.widths import plan_keep
+from pcscale.importance.score import random_scores
+from pcscale.importance.select import select
+from pcscale.memory.series import Series
+from pcscale.memory.tracker import INTERVAL_SECONDS, Tracker
+from pcscale.projection.starts import selection_start
+from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.demo import fetch_smollm2
+
+REPEATS, STEPS = 8, 2
+SEQUENCES, SEQUENCE_LENGTH = 4, 256
+MOMENTS_PER_STEP = 3
+"""Forward, backward, sweep; evaluating and checkpoints are seldom."""
+EVENTS = 500
+
+
+def run(scratch: Path) -> list[Row]:
+    base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
+    plan = plan_keep(base.family, base.config, 0.5)
+    kept = select(plan, random_scores(plan, seed=0))
+    start = selection_start(plan, kept, base.tensor)
+    loss_module = NextTokenLoss(build_compressed(plan, start, torch.device("cpu"), torch.float32))
+    optimizer = ProjectedAdamW(loss_module.model, plan, base, kept, lr=1e-6)
+    ids_BT = torch.randint(base.config["vocab_size"], (SEQUENCES, SEQUENCE_LENGTH))
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            with ledger.during("forward"):
+                loss = loss_module(ids_BT)
+            with ledger.during("backward"):
+                loss.backward()
+            with ledger.during("sweep"):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tracked_steps() -> None:
+        with Tracker({}, Series()).phase("train"):
+            steps()
+
+    steps()
+    wall: dict[str, list[float]] = {"plain": [], "tracked": []}
+    processor: dict[str, list[float]] = {"plain": [], "tracked": []}
+    for _ in range(REPEATS):
+        for name, action in (("plain", steps), ("tracked", tracked_steps)):
+            began, began_processor = time.perf_counter(), time.process_time()
+            action()
+            wall[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - began_processor)
+    step_seconds = statistics.median(wall["plain"]) / STEPS
+    sample, change = _event_seconds()
+    share = sample / INTERVAL_SECONDS + MOMENTS_PER_STEP * change / step_seconds
+    return [
+        (
+            "a step without the tracker, median (least to most)",
+            f"{step_seconds:.2f} s",
+            f"{min(wall['plain']) / STEPS:.2f} to {max(wall['plain']) / STEPS:.2f} s",
+        ),
+        ("with the tracker over without, time", f"{_ratio(wall):.4f}", "1.01 at most"),
+        ("the same, time of all processor cores", f"{_ratio(processor):.4f}", "1.01 at most"),
+        ("one sample", f"{sample * 1e6:.0f} µs", f"every {INTERVAL_SECONDS * 1000:.0f} ms"),
+        ("one change of moment", f"{change * 1e6:.0f} µs", f"{MOMENTS_PER_STEP} a step"),
+        ("both over a step, if nothing else ran meanwhile", f"{share:.3%}", "1 % at most"),
+    ]
+
+
+def _ratio(times: dict[str, list[float]]) -> float:
+    """The median over pairs that ran one after the other."""
+    return statistics.median(tracked / plain for tracked, plain in zip(times["tracked"], times["plain"], strict=True))
+
+
+def _event_seconds() -> tuple[float, float]:
+    """Of one sample and of one change of moment, on the thread that works, with this process's memory mapped."""
+    tracker = Tracker({}, Series())
+    with tracker.phase("train"):
+        samples, changes = [], []
+        for event in range(EVENTS):
+            began = time.perf_counter()
+            tracker._sample()
+            samples.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            tracker.change(f"moment {event % MOMENTS_PER_STEP}")
+            changes.append(time.perf_counter() - began)
+    return statistics.median(samples), statistics.median(changes)
