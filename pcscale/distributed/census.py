@@ -1,6 +1,6 @@
-"""What tensors an object of somebody else's holds, for the ledger: DeepSpeed keeps its copies in many attributes."""
+"""What tensors an object of somebody else's holds: DeepSpeed keeps its copies in many attributes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,23 @@ def stored_bytes(holder: Any, seen: set[int]) -> dict[str, int]:
         seen: addresses of storages that were counted already; added to.
     """
     found: dict[str, int] = {}
-    _walk(holder, seen, set(), found, _DEEPEST)
+    for tensor in held_tensors(holder):
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            home = "device" if tensor.is_cuda else "pinned" if tensor.is_pinned() else "host"
+            found[home] = found.get(home, 0) + storage.nbytes()
     return found
 
 
-def _walk(value: Any, seen: set[int], visited: set[int], found: dict[str, int], depth: int) -> None:
+def held_tensors(holder: Any) -> Iterator[torch.Tensor]:
+    """The tensors that are reached through attributes, lists and mappings."""
+    return _walk(holder, set(), _DEEPEST)
+
+
+def _walk(value: Any, visited: set[int], depth: int) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        _count(value, seen, found)
+        yield value
         return
     if depth == 0 or id(value) in visited or isinstance(value, str | bytes | int | float | torch.nn.Module):
         return
@@ -35,13 +45,4 @@ def _walk(value: Any, seen: set[int], visited: set[int], found: dict[str, int], 
     else:
         return
     for child in children:
-        _walk(child, seen, visited, found, depth - 1)
-
-
-def _count(tensor: torch.Tensor, seen: set[int], found: dict[str, int]) -> None:
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() in seen or storage.nbytes() == 0:
-        return
-    seen.add(storage.data_ptr())
-    home = "device" if tensor.is_cuda else "pinned" if tensor.is_pinned() else "host"
-    found[home] = found.get(home, 0) + storage.nbytes()
+        yield from _walk(child, visited, depth - 1)

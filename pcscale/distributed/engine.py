@@ -26,7 +26,7 @@ from torch import nn
 
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import ENGINE, GRADIENTS, WEIGHTS, ledger
-from pcscale.distributed.census import stored_bytes
+from pcscale.distributed.census import held_tensors, stored_bytes
 from pcscale.distributed.group import ProcessGroup
 from pcscale.distributed.settings import zero_stage
 from pcscale.projection.owners import Round
@@ -183,7 +183,14 @@ class DeepSpeedEngine:
         self._enter_held()
 
     def stop(self) -> None:
+        """Give back what DeepSpeed holds: its objects refer to each other from where no collector reaches."""
         self._engine.destroy()
+        parameters = list(self._parameters.values())
+        weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
+        for tensor in held_tensors([weights, self._engine.optimizer]):
+            storage = tensor.untyped_storage()
+            if storage.resizable():
+                storage.resize_(0)
 
     def _enter_held(self) -> None:
         """Say what DeepSpeed holds now."""

@@ -24,7 +24,7 @@ LIBRARY_BYTES = {"calibrate": 330 * MIB, "train": 385 * MIB, "merge": 385 * MIB,
 """Anonymous memory of Python, torch and transformers with their threads, beside any tensor."""
 BITSANDBYTES_BYTES = 40 * MIB
 """What importing bitsandbytes adds."""
-DEEPSPEED_BYTES = 60 * MIB
+DEEPSPEED_BYTES = 25 * MIB
 """What DeepSpeed and a process group add."""
 CUDA_HOST_BYTES = 1536 * MIB
 """What CUDA's libraries add on the host. Assumed, not measured."""
@@ -33,8 +33,8 @@ CUDA_CONTEXT_BYTES = 640 * MIB
 ALLOCATOR_BYTES = {"calibrate": 64 * MIB, "evaluate": 32 * MIB, "sweep": 56 * MIB}
 """What the C library's allocator keeps of freed tensors within a moment. It keeps none above 32 MiB, so this does not
 grow with the model; measured with `python -m benchmarks memory-plan`."""
-PIECES_BYTES = 400 * MIB
-"""The same of holes between the activations of all layers."""
+PIECES_SHARE = 0.4
+"""The same of holes between the activations of all layers, as a share of these."""
 CHECKPOINTED_PIECES_BYTES = 90 * MIB
 """The same between those of one layer."""
 BIRTH_BYTES = 192 * MIB
@@ -45,6 +45,7 @@ DEVICE_SLACK = 0.05
 ACTIVATIONS, LOGITS, HEAD_GRADIENT = "activations", "logits", "head gradient"
 ON_ITS_WAY, IN_FLIGHT, TEMPORARIES = "base on its way", "base in flight", "sweep temporaries"
 START, LAYER, SECOND_MOMENTS, BUFFERS = "start tensors", "layer", "second moments", "merge buffers"
+SCATTERED = "scattered gradients"
 ALLOCATOR = "allocator"
 WORKING_PARTS = (
     ACTIVATIONS,
@@ -57,6 +58,7 @@ WORKING_PARTS = (
     LAYER,
     SECOND_MOMENTS,
     BUFFERS,
+    SCATTERED,
     ALLOCATOR,
 )
 """What is measured together, as working memory."""
@@ -82,14 +84,17 @@ def train_moments(plan: Plan, config: RunConfig, place: Place) -> dict[str, Part
     ends = {ACTIVATIONS: Part("device", working.layer_activation_bytes(plan, config)), HEAD_GRADIENT: head}
     one_layer = Part("device", working.one_layer_bytes(plan.sizes, config, value))
     moments = {
-        "start": _larger(_being_built(plan, config, place, held), held, place),
+        "start": _larger(_being_built(plan, config, place, held), held | _lost(plan, config), place),
         "evaluate": before | {ACTIVATIONS: one_layer, LOGITS: _logits(plan, config, 2)},
         "forward": before | {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 2)},
-        "backward": _larger(before | begins, full | ends, place),
+        "backward": _larger(before | begins, full | ends, place) | _scattered(plan, place),
         "sweep": full | _visit(plan, config, place),
         "checkpoint": before,
     }
-    return {name: _settled(parts, place, _kept_by_allocator(name, config)) for name, parts in moments.items()}
+    return {
+        name: _settled(parts, place, _kept_by_allocator(name, config, activations.num_bytes))
+        for name, parts in moments.items()
+    }
 
 
 def calibrate_parts(plan: Plan, config: RunConfig, place: Place) -> Parts:
@@ -221,6 +226,13 @@ def _under_zero(plan: Plan, config: RunConfig, place: Place) -> Parts:
     return place.zero.parts(plan.parameters, working.weight_bytes(config), place.ranks, accumulates)
 
 
+def _scattered(plan: Plan, place: Place) -> Parts:
+    """On processors the collective that scatters gradients copies them once more."""
+    if place.zero is None or place.on_gpu:
+        return {}
+    return {SCATTERED: Part("host", place.zero.scattered_bytes(plan.parameters, place.ranks))}
+
+
 def _being_built(plan: Plan, config: RunConfig, place: Place, held: Parts) -> Parts:
     """The start's tensors beside the model that copies them, before there are records."""
     built = {name: held[name] for name in (ledger.LIBRARIES, ledger.CONTEXT)}
@@ -230,6 +242,13 @@ def _being_built(plan: Plan, config: RunConfig, place: Place, held: Parts) -> Pa
         # Until DeepSpeed takes the model apart, every rank has all of it in host memory.
         return built | {START: Part("host", start + weights)}
     return built | {START: Part("host", start), ledger.WEIGHTS: Part("device", weights)}
+
+
+def _lost(plan: Plan, config: RunConfig) -> Parts:
+    """What an 8-bit base loses of the largest matrix, and its copy on the way into a record."""
+    if config.base_precision != "int8" or config.method != "projected":
+        return {}
+    return {START: Part("host", 2 * FLOAT_BYTES * max(math.prod(planned.shape) for planned, _ in plan.alike))}
 
 
 def _visit(plan: Plan, config: RunConfig, place: Place) -> Parts:
@@ -273,15 +292,17 @@ def _logits(plan: Plan, config: RunConfig, copies: int) -> Part:
 
 def _libraries(phase: str, config: RunConfig, place: Place) -> Parts:
     eight_bits = config.base_precision == "int8" or config.moments == "8bit"
-    host = LIBRARY_BYTES[phase] + BITSANDBYTES_BYTES * (eight_bits and phase == "train")
+    # Once imported, a library stays for the phases that follow.
+    host = LIBRARY_BYTES[phase] + BITSANDBYTES_BYTES * (eight_bits and phase != "calibrate")
     host += DEEPSPEED_BYTES * (place.zero is not None) + CUDA_HOST_BYTES * place.on_gpu
     return {ledger.LIBRARIES: Part("host", host), ledger.CONTEXT: Part("device", CUDA_CONTEXT_BYTES)}
 
 
-def _kept_by_allocator(moment: str, config: RunConfig) -> int:
+def _kept_by_allocator(moment: str, config: RunConfig, activation_bytes: int) -> int:
     alone = config.gradient_accumulation_steps == 1
     if moment in ("forward", "backward"):
-        pieces = CHECKPOINTED_PIECES_BYTES if config.gradient_checkpointing else PIECES_BYTES
+        checkpointed = config.gradient_checkpointing
+        pieces = CHECKPOINTED_PIECES_BYTES if checkpointed else int(PIECES_SHARE * activation_bytes)
         return min(pieces, BIRTH_BYTES) if alone else pieces
     return ALLOCATOR_BYTES.get(moment, 0) + BIRTH_BYTES * (alone and moment == "sweep")
 

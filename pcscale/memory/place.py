@@ -60,6 +60,10 @@ class ZeroForm:
             int(section.get("stage3_max_live_parameters", _DEFAULT_LIVE_VALUES)),
         )
 
+    def scattered_bytes(self, parameters: int, ranks: int) -> int:
+        """The flat copy of a bucket of gradients that stage 3 makes to scatter them to their ranks."""
+        return min(self.bucket_values, parameters) * FLOAT_BYTES if self.stage == 3 and ranks > 1 else 0
+
     def parts(self, parameters: int, weight_bytes: int, ranks: int, accumulates: bool) -> Parts:
         """What one rank holds of the compressed model while it trains (deepspeed_configs/README.md has the table).
 
@@ -80,8 +84,12 @@ class ZeroForm:
             }
         homes = {"device": "device", "cpu": "pinned", "nvme": "disk"}
         if self.stage == 1:
-            copies = FLOAT_BYTES * part + (FLOAT_BYTES + 2 * half) * n
-            return {WEIGHTS: Part("device", n * weight_bytes), ENGINE: Part(homes[self.master_on], copies + bucket)}
+            copies = FLOAT_BYTES * part + FLOAT_BYTES * n * half
+            return {
+                WEIGHTS: Part("device", n * weight_bytes),
+                GRADIENTS: Part("device", n * weight_bytes),
+                ENGINE: Part(homes[self.master_on], copies + bucket),
+            }
         if self.stage == 2 and self.master_on == "device":
             return {WEIGHTS: Part("device", n * weight_bytes), ENGINE: Part("device", 2 * FLOAT_BYTES * part + bucket)}
         if self.stage == 2:
@@ -94,13 +102,14 @@ class ZeroForm:
             }
         gathered = min(self.live_values, n) * weight_bytes
         weights = Part(homes[self.weights_on], weight_bytes * part)
+        reduced = bucket + self.scattered_bytes(n, ranks)
         if self.master_on == "nvme":
             # Gradients stay in host memory.
-            return {WEIGHTS: weights, GRADIENTS: Part("device", gathered + bucket), ENGINE: Part("pinned", 4 * part)}
+            return {WEIGHTS: weights, GRADIENTS: Part("device", gathered + reduced), ENGINE: Part("pinned", 4 * part)}
         doubled = self.master_on != "device"
         return {
             WEIGHTS: weights,
-            GRADIENTS: Part("device", gathered + bucket),
+            GRADIENTS: Part("device", gathered + reduced),
             ENGINE: Part(homes[self.master_on], (2 + doubled) * FLOAT_BYTES * part),
         }
 

@@ -32,13 +32,16 @@ class Usage:
 
     Attributes:
         written: to disks, in all.
-        components: by home and name, each one's own highest.
+        components: by home and name, each one's own highest; of working memory, which is a difference, what it was when
+            that home held most.
+        most: by home, what it held then.
     """
 
     seconds: float = 0.0
     peak: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(PEAKS))
     written: int = 0
     components: dict[str, dict[str, int]] = field(default_factory=lambda: {"host": {}, "device": {}})
+    most: dict[str, int] = field(default_factory=dict)
     moments: dict[str, "Usage"] = field(default_factory=dict)
 
     def raise_to(self, peaks: dict[str, int | None], components: dict[str, dict[str, int]]) -> None:
@@ -47,9 +50,13 @@ class Usage:
             if num_bytes is not None:
                 self.peak[name] = max(self.peak[name] or 0, num_bytes)
         for home, parts in components.items():
-            highest = self.components[home]
+            highest, total = self.components[home], sum(parts.values())
             for name, num_bytes in parts.items():
-                highest[name] = max(highest.get(name, 0), num_bytes)
+                if name != WORKING:
+                    highest[name] = max(highest.get(name, 0), num_bytes)
+                elif total >= self.most.get(home, 0):
+                    # At other times the allocator may still keep what the ledger has struck out.
+                    highest[name], self.most[home] = num_bytes, total
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Usage":
@@ -57,13 +64,14 @@ class Usage:
         peaks = dict(values["peak"])
         written = peaks.pop("written", 0)
         moments = {name: cls.read(moment) for name, moment in values.get("moments", {}).items()}
-        return cls(values["seconds"], peaks, written, values["components"], moments)
+        return cls(values["seconds"], peaks, written, values["components"], dict(values.get("most", {})), moments)
 
     def document(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds,
             "peak": {**self.peak, "written": self.written},
             "components": self.components,
+            "most": self.most,
             "moments": {name: moment.document() for name, moment in self.moments.items()},
         }
 

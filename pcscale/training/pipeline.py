@@ -217,12 +217,14 @@ class _Run:
                 self._phase("train"),
                 allocator_snapshot(self.folder.memory_snapshot if config.memory_snapshot else None),
             ):
-                self._train(kept, checkpoint, manifest)
+                # Held until the phase has been measured: the ledger strikes it out before its memory is given back.
+                training = self._train(kept, checkpoint, manifest)
+            del training
         finally:
             self.folder.clear_records(self.setup.group.topology.rank)
         release_freed()
 
-    def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
+    def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> Training:
         config, group = self.config, self.setup.group
         torch.manual_seed(config.seed)
         with ledger.during("start"):
@@ -234,6 +236,7 @@ class _Run:
             cut_metrics(self.folder.metrics, training.state.step)
         train(training)
         training.optimizer.engine.stop()
+        return training
 
     def _build(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> Training:
         """Model and optimizer at their start, or where the checkpoint left them."""

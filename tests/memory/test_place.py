@@ -89,13 +89,17 @@ def test_buckets_and_gathered_values_come_to_the_table_s_bytes(name: str) -> Non
     found = sums(form.parts(large, 4, 2, True))
     gathered = 4 * FORMS[name].live_values if form.stage == 3 else 0
     bucket = 4 * 50_000_000
-    assert found[0] - bare[0] - gathered in (bucket, 2 * bucket)
+    scattered = form.scattered_bytes(large, 2)
+    assert scattered == (2 * bucket if form.stage == 3 else 0)
+    assert found[0] - bare[0] - gathered - scattered in (bucket, 2 * bucket)
     assert found[1] == bare[1]
 
 
 def test_buckets_are_no_larger_than_the_model() -> None:
     parts = ZeroForm(3).parts(1000, 4, 2, True)
-    assert sums(parts) == (4 * 500 + 8 * 500 + 4 * 1000 + 4 * 1000, 0)
+    weights, copies, gathered, bucket, scattered = 4 * 500, 8 * 500, 4 * 1000, 4 * 1000, 4 * 1000
+    assert sums(parts) == (weights + copies + gathered + bucket + scattered, 0)
+    assert ZeroForm(3).scattered_bytes(1000, 1) == ZeroForm(2).scattered_bytes(1000, 2) == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -177,6 +177,23 @@ def test_memory_that_is_taken_but_not_written_to_is_no_negative_working_memory(t
     assert all(sample.host[WORKING] >= 0 for sample in tracker.series.samples)
 
 
+def test_working_memory_is_that_of_the_time_when_most_was_held(tracker: Tracker) -> None:
+    """What the ledger has struck out but the allocator still keeps is not taken for it."""
+    with tracker.phase("train"):
+        records = [touched(), touched()]
+        with kept(RECORDS, "host", 2 * SIZE), ledger.during("sweep"):
+            temporary = touched()
+        assert temporary.nbytes == SIZE
+        del temporary
+        with ledger.during("checkpoint"):  # The records are still there, and nobody knows of them.
+            time.sleep(0.1)
+        assert len(records) == 2
+    usage = tracker.phases["train"]
+    assert usage.components["host"][WORKING] == pytest.approx(SIZE, abs=SLACK)
+    assert usage.moments["sweep"].components["host"][WORKING] == pytest.approx(SIZE, abs=SLACK)
+    assert usage.components["host"][RECORDS] == 2 * SIZE
+
+
 def test_a_phase_of_an_earlier_process_is_gone_on_with(tracker: Tracker) -> None:
     with tracker.phase("train"), ledger.during("sweep"):
         pass
@@ -185,6 +202,7 @@ def test_a_phase_of_an_earlier_process_is_gone_on_with(tracker: Tracker) -> None
     earlier["train"]["peak"] |= {"host_anonymous": 2**60, "written": 2**50}
     earlier["train"]["moments"]["sweep"]["seconds"] = 50.0
     earlier["train"]["components"]["host"][WORKING] = 2**59
+    earlier["train"]["most"]["host"] = 2**60
     again = Tracker({name: Usage.read(values) for name, values in earlier.items()}, Series())
     with again.phase("train"), ledger.during("sweep"):
         pass
@@ -203,7 +221,7 @@ def test_a_document_is_read_back_as_it_was(tracker: Tracker) -> None:
     usage = tracker.phases["train"]
     document = json.loads(json.dumps(usage.document()))
     assert Usage.read(document) == usage
-    assert document.keys() == {"seconds", "peak", "components", "moments"}
+    assert document.keys() == {"seconds", "peak", "components", "most", "moments"}
     assert document["peak"].keys() == {*PEAKS, "written"}
     assert document["moments"].keys() == {"sweep", "checkpoint"}
 
