@@ -5,6 +5,7 @@ than the budget `plan` must refuse. The control takes the defaults under the sam
 time of `plan` for a 70B model and a budget, interpreter start included."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -28,6 +29,7 @@ LLAMA_70B = {
     "num_attention_heads": 64,
 }
 SHORT = ["max_steps=3", "calibration_tokens=4096", "eval_tokens=2048", "sequence_length=256", "keep_checkpoints=1"]
+REPOSITORY = Path(__file__).parents[1]
 DISK = "20GB"
 MORE, LESS = 1.10, 0.85
 TOO_LITTLE = 700 * 2**20
@@ -83,7 +85,7 @@ def _enforced(folder: Path, base: str) -> list[Row]:
 def _plan(folder: Path, base: str, host_memory: int, *more: str) -> subprocess.CompletedProcess[str]:
     budget = ["--host-memory", str(host_memory), "--disk", DISK, "--data", str(folder / "text.txt")]
     command = [sys.executable, "-m", "pcscale", "plan", base, *SHORT, *budget, *more, "--json"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True)
 
 
 def _compress(folder: Path, num_bytes: int, *more: str) -> subprocess.CompletedProcess[str]:
@@ -92,10 +94,15 @@ def _compress(folder: Path, num_bytes: int, *more: str) -> subprocess.CompletedP
     return subprocess.run(
         command,
         cwd=folder,
+        env=_environment(),
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, limit),
     )
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def _last_line(text: str) -> str:

@@ -29,7 +29,7 @@ from pcscale.memory.process import anonymous_bytes, release_freed
 from pcscale.projection.layout import RecordFormat, record_bytes, trainable_values
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.demo import fetch_smollm2
 from pcscale.training.step import training_step
@@ -59,14 +59,14 @@ class Parts:
         self.source = resolve_base(str(fetch_smollm2(cache_folder())))
         self.base = MappedBase(self.source)
         self.plan = plan_widths(self.base.family, self.base.config, **WIDTHS)
-        self.kept = select(self.plan, random_scores(self.plan, 0))
+        self.start = Start(select(self.plan, random_scores(self.plan, 0)))
         self.model = build_compressed(
-            self.plan, selection_start(self.plan, self.kept, self.base.tensor), CPU, torch.float32
+            self.plan, start_tensors(self.plan, self.start, self.base.tensor), CPU, torch.float32
         )
 
     def optimizer(self, base: Any, engine: Any, form: RecordFormat = SMALL) -> ProjectedAdamW:
         return ProjectedAdamW(
-            self.model, self.plan, base, self.kept, form=form, residency=Residency("cpu"), engine=engine
+            self.model, self.plan, base, self.start, form=form, residency=Residency("cpu"), engine=engine
         )
 
 

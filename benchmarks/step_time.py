@@ -17,7 +17,7 @@ from pcscale.compressed.model import build_compressed
 from pcscale.families.widths import plan_keep
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.demo import fetch_smollm2
 
@@ -29,9 +29,9 @@ def run(scratch: Path) -> list[Row]:
     base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
     plan = plan_keep(base.family, base.config, 0.5)
     kept = select(plan, random_scores(plan, seed=0))
-    start = selection_start(plan, kept, base.tensor)
+    start = start_tensors(plan, Start(kept), base.tensor)
     loss_module = NextTokenLoss(build_compressed(plan, start, torch.device("cpu"), torch.float32))
-    projected = ProjectedAdamW(loss_module.model, plan, base, kept, lr=1e-6)
+    projected = ProjectedAdamW(loss_module.model, plan, base, Start(kept), lr=1e-6)
     plain = torch.optim.AdamW(loss_module.parameters(), lr=1e-6, fused=True)
     sweep_flops = plan.compose_flops + plan.pull_back_flops
     rows: list[Row] = []

@@ -27,7 +27,7 @@ from pcscale.importance.score import random_scores
 from pcscale.importance.select import KeptIndices, select
 from pcscale.projection.layout import RecordFormat, record_bytes
 from pcscale.projection.residency import Residency
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 
 REPEATS = 3
@@ -122,9 +122,9 @@ def _optimizer(
     form: RecordFormat,
     residency: Residency,
 ) -> ProjectedAdamW:
-    start = selection_start(plan, kept, stored.tensor)
+    start = start_tensors(plan, Start(kept), stored.tensor)
     model = build_compressed(plan, start, torch.device("cpu"), torch.float32)
-    optimizer = ProjectedAdamW(model, plan, frozen, kept, lr=RATE, form=form, residency=residency)
+    optimizer = ProjectedAdamW(model, plan, frozen, Start(kept), lr=RATE, form=form, residency=residency)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     return optimizer

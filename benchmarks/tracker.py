@@ -20,7 +20,7 @@ from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.memory.series import Series
 from pcscale.memory.tracker import INTERVAL_SECONDS, Tracker
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.demo import fetch_smollm2
 
@@ -35,9 +35,9 @@ def run(scratch: Path) -> list[Row]:
     base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
     plan = plan_keep(base.family, base.config, 0.5)
     kept = select(plan, random_scores(plan, seed=0))
-    start = selection_start(plan, kept, base.tensor)
+    start = start_tensors(plan, Start(kept), base.tensor)
     loss_module = NextTokenLoss(build_compressed(plan, start, torch.device("cpu"), torch.float32))
-    optimizer = ProjectedAdamW(loss_module.model, plan, base, kept, lr=1e-6)
+    optimizer = ProjectedAdamW(loss_module.model, plan, base, Start(kept), lr=1e-6)
     ids_BT = torch.randint(base.config["vocab_size"], (SEQUENCES, SEQUENCE_LENGTH))
 
     def steps() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pcscale.merging.merge import merge
     from pcscale.projection.layout import RecordFormat
     from pcscale.projection.residency import Residency
-    from pcscale.projection.starts import selection_start
+    from pcscale.projection.starts import Start, make_start, start_tensors
     from pcscale.projection.sweep import ProjectedAdamW
     from pcscale.training.state import load_state, save_state
     from pcscale.training.trainer import ProjectionCallback
@@ -41,7 +41,9 @@ _HOMES = {
     "merge": "pcscale.merging.merge",
     "RecordFormat": "pcscale.projection.layout",
     "Residency": "pcscale.projection.residency",
-    "selection_start": "pcscale.projection.starts",
+    "Start": "pcscale.projection.starts",
+    "make_start": "pcscale.projection.starts",
+    "start_tensors": "pcscale.projection.starts",
     "ProjectedAdamW": "pcscale.projection.sweep",
     "save_state": "pcscale.training.state",
     "ProjectionCallback": "pcscale.training.trainer",
@@ -54,10 +56,12 @@ __all__ = [
     "ProjectionCallback",
     "RecordFormat",
     "Residency",
+    "Start",
     "__version__",
     "build_compressed",
     "collect_scores",
     "load_state",
+    "make_start",
     "merge",
     "plan_keep",
     "plan_parameters",
@@ -65,7 +69,7 @@ __all__ = [
     "resolve_base",
     "save_state",
     "select",
-    "selection_start",
+    "start_tensors",
 ]
 
 

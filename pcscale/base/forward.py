@@ -118,6 +118,10 @@ class LayerMajorModel:
     def _prefix(self, layer: int) -> str:
         return self.base.family.layer_prefix.format(layer=layer)
 
+    def one_group(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The first of these batches, as many as go through the layers together."""
+        return next(self._groups(batches), [])
+
     def _groups(self, batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         item_bytes = self.base.config["hidden_size"] * self.dtype.itemsize
         group: list[torch.Tensor] = []

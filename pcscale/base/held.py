@@ -28,7 +28,7 @@ class HeldBase:
     def __init__(self, base: MappedBase | Int8Base, device: torch.device, names: Collection[str] | None = None) -> None:
         names = base.matrix_names if names is None else names
         self.home = "cpu" if device.type == "cpu" else "device"
-        self.loss, self.coded_fingerprints = base.loss, base.coded_fingerprints
+        self.lost, self.coded_fingerprints = base.lost, base.coded_fingerprints
         if device.type == "cpu":
             tensors = [tensor for name in names for tensor in base.weight(name).tensors]
             self._memory = HostBytes(sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors))

@@ -26,7 +26,6 @@ CACHE_NAME = "base-int8.safetensors"
 _FORMAT = "bitsandbytes dynamic signed 8-bit, blocks of 256"
 _ABSMAX = ".absmax"
 _BOUND_TO, _FINGERPRINTS = "bound_to", "fingerprints"
-_ROWS = 1024
 
 
 class Int8Base:
@@ -83,18 +82,10 @@ class Int8Base:
         """One base weight, on the host."""
         return FrozenWeight(self._reader.tensor(name), self._reader.tensor(name + _ABSMAX))
 
-    def loss(self, name: str, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> torch.Tensor:
-        """What 8 bits lose of the kept entries: `(W - Q)[kept_out][:, kept_in]`, float32 (method, section 3.3)."""
-        coded, stored = self.weight(name), self.stored.tensor(name)
-        O, I = stored.shape
-        rows_o = torch.arange(O) if kept_out is None else kept_out.cpu()
-        columns_i = torch.arange(I) if kept_in is None else kept_in.cpu()
-        lost_oi = torch.empty(len(rows_o), len(columns_i))
-        for start in range(0, O, _ROWS):
-            lost_bI = stored[start : start + _ROWS].float() - coded.rows(torch.float32, start, start + _ROWS)
-            places = ((rows_o >= start) & (rows_o < start + _ROWS)).nonzero()[:, 0]
-            lost_oi[places] = lost_bI[rows_o[places] - start].index_select(1, columns_i)
-        return lost_oi
+    def lost(self, name: str, rows: slice) -> torch.Tensor:
+        """What 8 bits lose of these rows: `(W - Q)[rows]`, float32 (method, section 3.3)."""
+        coded_bI = self.weight(name).rows(torch.float32, rows.start, rows.stop)
+        return self.stored.tensor(name)[rows].float() - coded_bI
 
     def prefetch(self, names: list[str]) -> None:
         """Have the operating system read these tensors ahead; returns at once."""

@@ -74,8 +74,8 @@ class MappedBase:
         """One base matrix as the sweep reads it, on the host."""
         return FrozenWeight(self.tensor(name))
 
-    def loss(self, name: str, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> torch.Tensor | None:
-        """What `weight` loses of the kept entries: nothing."""
+    def lost(self, name: str, rows: slice) -> torch.Tensor | None:
+        """What `weight` loses of these rows: nothing."""
         return None
 
     @property

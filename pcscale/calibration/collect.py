@@ -1,6 +1,6 @@
-"""Calibration: activation scores and second moments, in one layer-major pass over the mapped base.
+"""Calibration: activation scores and second moments, in layer-major passes over the mapped base.
 
-Legend: N tokens, H residual size, I ffn size.
+Legend: N tokens, H residual size, F ffn size.
 """
 
 from collections.abc import Callable
@@ -14,60 +14,149 @@ from pcscale.base.mapped import MappedBase
 from pcscale.common.errors import RequestError
 from pcscale.families.axes import FFN, RESIDUAL
 from pcscale.families.plan import Plan, kept_name
-from pcscale.families.spec import Kind
+from pcscale.families.spec import Kind, Weight
 from pcscale.importance.score import Scores, magnitude_scores, random_scores
+from pcscale.importance.select import KeptIndices
+from pcscale.importance.statistics import SECOND_MOMENT, energy_name, rebuild
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader
-from pcscale.storage.writer import write_tensors
-
-SECOND_MOMENT = "second_moment.residual"
+from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors
 
 
 def activation_scores(
-    plan: Plan, base: MappedBase, batches: list[torch.Tensor], device: torch.device, dtype: torch.dtype
+    plan: Plan,
+    base: MappedBase,
+    importance: str,
+    batches: list[torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Scores:
-    """Sums of absolute activations, and the residual stream's second moments.
+    """Scores from activations, and the residual stream's second moments.
 
     Residual channels are scored by the outputs of every norm over the residual stream, all layers together; ffn
-    channels per layer by what enters the matrix that reads them. `second_moment.residual` `[H, H]` float32 is the mean
-    of x xᵀ over tokens and norms, with x a norm's input divided by its root mean square (each norm counts alike).
+    channels per layer by what enters the matrix that reads them. `activation` sums absolute values, as published;
+    `energy` sums squares, of an ffn channel times the square of the norm of the column that it enters.
 
-    Source: method as published by Stefaniak et al., arXiv:2506.22255 (activation sums over about 8 M tokens).
+    Returns:
+        Beside the scores `SECOND_MOMENT`, and the `energy_name` of each norm (importance/statistics.py).
+
+    Source: method as published by Stefaniak et al., arXiv:2506.22255 (activation sums over about 8 M tokens); `energy`
+    is the diagonal of what Wanda scores weights by, Sun et al., arXiv:2306.11695, summed over a column.
     """
     scores: Scores = {name: torch.zeros(size, device=device) for name, size, _ in plan.kept_axes()}
     hidden_size = base.config["hidden_size"]
     moment_HH = torch.zeros(hidden_size, hidden_size, device=device)
     model = LayerMajorModel(base, device, dtype)
     norms = [weight for weight in base.weights if weight.kind is Kind.NORM and weight.axes == (RESIDUAL,)]
+    energies = {energy_name(weight.name): torch.zeros(hidden_size, device=device) for weight in norms}
+    total = _SUMS[importance]
 
-    def watch_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        scores[kept_name(RESIDUAL, None)] += _absolute_sum(output)
-        x_NH = inputs[0].reshape(-1, hidden_size).float()
-        x_NH = x_NH * x_NH.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-        moment_HH.addmm_(x_NH.T, x_NH)
+    def watch_norm(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            scores[kept_name(RESIDUAL, None)] += total(output)
+            x_NH = inputs[0].reshape(-1, hidden_size).float()
+            x_NH = x_NH * x_NH.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+            moment_HH.addmm_(x_NH.T, x_NH)
+            energies[energy_name(name)] += x_NH.square().sum(0)
 
-    def watch_ffn(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            scores[name] += _absolute_sum(inputs[0])
+        return watch
+
+    def watch_ffn(name: str) -> Callable[[nn.Linear, tuple[torch.Tensor, ...]], None]:
+        def watch(module: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+            weight = module.weight.float().square().sum(0) if importance == "energy" else 1.0
+            scores[name] += total(inputs[0]) * weight
 
         return watch
 
     for weight in norms:
-        model.module(weight.module).register_forward_hook(watch_norm)
-    for weight in base.weights:
-        if weight.kind is Kind.LINEAR and weight.axes[1] == FFN:
-            hook = watch_ffn(kept_name(FFN, weight.layer))
-            model.module(weight.module).register_forward_pre_hook(hook)
+        model.module(weight.module).register_forward_hook(watch_norm(weight.name))
+    for weight in _ffn_readers(base):
+        hook = watch_ffn(kept_name(FFN, weight.layer))
+        model.module(weight.module).register_forward_pre_hook(hook)
     for _ in model.hidden_states(batches, "calibrate"):
         pass  # The hooks have seen all there is to see.
     tokens = sum(batch.numel() for batch in batches)
-    return {name: score.cpu() for name, score in scores.items()} | {
-        SECOND_MOMENT: (moment_HH / (tokens * len(norms))).cpu()
+    return {
+        **{name: score.cpu() for name, score in scores.items()},
+        **{name: (energy_H / tokens).cpu() for name, energy_H in energies.items()},
+        SECOND_MOMENT: (moment_HH / (tokens * len(norms))).cpu(),
     }
+
+
+def _ffn_readers(base: MappedBase) -> list[Weight]:
+    """The matrices that read ffn channels, one a layer."""
+    return [weight for weight in base.weights if weight.kind is Kind.LINEAR and weight.axes[1] == FFN]
+
+
+def write_rebuilt(
+    path: Path | None,
+    plan: Plan,
+    base: MappedBase,
+    kept: KeptIndices,
+    batches: list[torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Solve for what kept ffn channels say of the dropped ones, layer by layer, into a file for `read_rebuilt`.
+
+    The moments of a layer must be whole before the next one is read, so batches past what the host holds the hidden
+    states of at a time are left out.
+
+    Args:
+        path: the file to be; None: another rank writes it, and this one reads the base with it.
+
+    Memory: the second moments of one layer, `[F, F]` float32, and its solution in float64, on the device; the file is
+    bfloat16.
+    """
+    model = LayerMajorModel(base, device, dtype)
+    passes = model.hidden_states(model.one_group(batches), "rebuild ffn channels")
+    if path is None:
+        list(passes)
+        return
+    sizes = plan.base_sizes[FFN] - plan.sizes[FFN], plan.sizes[FFN]
+    shapes: dict[str, TensorShape] = {
+        kept_name(FFN, layer): (torch.bfloat16, sizes) for layer in range(plan.num_layers)
+    }
+    under_way: dict[str, torch.Tensor] = {}
+    with ShardWriter(path, shapes) as writer:
+
+        def solve() -> None:
+            for name, moment_FF in under_way.items():
+                writer[name].copy_(rebuild(moment_FF, kept[name].to(device)))
+            under_way.clear()
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                if name not in under_way:
+                    solve()  # The layer before has seen all batches.
+                    under_way[name] = torch.zeros(plan.base_sizes[FFN], plan.base_sizes[FFN], device=device)
+                x_NF = inputs[0].flatten(0, -2).float()
+                under_way[name].addmm_(x_NF.T, x_NF)
+
+            return add
+
+        for weight in _ffn_readers(base) if sizes[0] else []:
+            model.module(weight.module).register_forward_pre_hook(watch(kept_name(FFN, weight.layer)))
+        list(passes)
+        solve()
+
+
+def read_rebuilt(path: Path) -> dict[str, torch.Tensor]:
+    """`[d, kept]` by set of kept indices; mapped."""
+    reader = TensorReader(read_header(path)[0])
+    return {name: reader.tensor(name) for name in reader.entries}
 
 
 def _absolute_sum(activation: torch.Tensor) -> torch.Tensor:
     return activation.abs().sum(tuple(range(activation.ndim - 1)), dtype=torch.float32)
+
+
+def _square_sum(activation: torch.Tensor) -> torch.Tensor:
+    return activation.float().square().sum(tuple(range(activation.ndim - 1)))
+
+
+_SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"activation": _absolute_sum, "energy": _square_sum}
+"""Over all tokens, by channel."""
 
 
 def collect_scores(
@@ -79,12 +168,12 @@ def collect_scores(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Scores:
-    """Scores of the named kind; only `activation` looks at the token batches `[B, T]`."""
+    """Scores of the named kind; `activation` and `energy` look at the token batches `[B, T]`."""
     if importance == "magnitude":
         return magnitude_scores(plan, base.tensor)
     if importance == "random":
         return random_scores(plan, seed)
-    return activation_scores(plan, base, batches, device, dtype)
+    return activation_scores(plan, base, importance, batches, device, dtype)
 
 
 def write_scores(path: Path, scores: Scores, importance: str, tokens: int) -> None:

@@ -24,6 +24,11 @@ def _check_size(value: Any) -> Any:
     return str(value)
 
 
+REBUILDING_STARTS = ("least_squares", "pca_least_squares")
+"""Those that calibration solves least squares over ffn channels for."""
+ROTATING_STARTS = ("pca", "pca_least_squares")
+"""Those whose residual stream is rotated."""
+
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
 Count = Annotated[Whole, Field(gt=0)]
@@ -78,10 +83,17 @@ class RunConfig(BaseModel):
     """Instead of `keep`, with hidden_size: the exact ffn width. Units: channels."""
     method: Literal["projected", "hard_prune"] = Field(default="projected", json_schema_extra=_MODEL)
     """`projected` trains projections of the frozen base; `hard_prune`, the control arm, trains the same start alone."""
-    start: Literal["selection"] = Field(default="selection", json_schema_extra=_MODEL)
-    """The fixed part S of the projections: `selection` keeps the most important channels."""
-    importance: Literal["activation", "magnitude", "random"] = Field(default="activation", json_schema_extra=_MODEL)
-    """How channels are scored: by activations on calibration text, by weight magnitude, or at random (with `seed`)."""
+    start: Literal["selection", "rescaled", "least_squares", "pca", "pca_least_squares"] = Field(
+        default="selection", json_schema_extra=_MODEL
+    )
+    """The compressed model before training. `selection` keeps the most important channels, as published; `rescaled`
+    puts the norms right for what they no longer see; `least_squares` also rebuilds dropped channels from kept ones;
+    `pca` rotates the residual stream onto its main directions; `pca_least_squares` also rebuilds ffn channels."""
+    importance: Literal["activation", "energy", "magnitude", "random"] = Field(
+        default="activation", json_schema_extra=_MODEL
+    )
+    """How channels are scored: by sums of activations on calibration text, by the energy that they give to what reads
+    them there, by weight magnitude, or at random (with `seed`)."""
     calibration_tokens: Count = Field(default=262_144, json_schema_extra=_MODEL)
     """Tokens of training text that activation scores are taken on. Units: tokens."""
     trust_remote_code: bool = Field(default=False, json_schema_extra=_MODEL)
@@ -197,6 +209,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"{' and '.join(said)} both say the size: keep one of them")
         if self.method == "hard_prune" and self.aux_learning_rate is not None:
             raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
+        if self.start != "selection" and self.importance in ("magnitude", "random"):
+            raise ValueError(f"start {self.start} is made of activations: set importance activation or energy")
         if self.gradient_dtype == "bfloat16" and not self.bf16:
             raise ValueError("gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32")
         if self.base_home == "zero" and (self.deepspeed is None or self.base_precision == "int8"):
@@ -217,6 +231,14 @@ class RunConfig(BaseModel):
     def rank(self) -> int | None:
         """`projection_rank` as a number; None: full."""
         return self.projection_rank if isinstance(self.projection_rank, int) else None
+
+    @property
+    def rotates(self) -> bool:
+        return self.start in ROTATING_STARTS
+
+    @property
+    def rebuilds(self) -> bool:
+        return self.start in REBUILDING_STARTS
 
     @property
     def sequences_per_step(self) -> int:

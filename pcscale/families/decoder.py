@@ -10,8 +10,8 @@ from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VO
 from pcscale.families.spec import Condition, Config, Family, Kind, WeightSpec, is_tied
 
 
-def _linear(name: str, out: Axis, in_: Axis) -> WeightSpec:
-    return WeightSpec(f"{name}.weight", Kind.LINEAR, (out, in_))
+def _linear(name: str, out: Axis, in_: Axis, reads: str | None = None) -> WeightSpec:
+    return WeightSpec(f"{name}.weight", Kind.LINEAR, (out, in_), reads=reads)
 
 
 def _norm(name: str, axis: Axis) -> WeightSpec:
@@ -32,13 +32,13 @@ def _untied(config: Config) -> bool:
 
 _LAYER = (
     _norm("input_layernorm", RESIDUAL),
-    _linear("self_attn.q_proj", out=Q_HEADS, in_=RESIDUAL),
-    _linear("self_attn.k_proj", out=KV_HEADS, in_=RESIDUAL),
-    _linear("self_attn.v_proj", out=KV_HEADS, in_=RESIDUAL),
+    _linear("self_attn.q_proj", out=Q_HEADS, in_=RESIDUAL, reads="input_layernorm"),
+    _linear("self_attn.k_proj", out=KV_HEADS, in_=RESIDUAL, reads="input_layernorm"),
+    _linear("self_attn.v_proj", out=KV_HEADS, in_=RESIDUAL, reads="input_layernorm"),
     _linear("self_attn.o_proj", out=RESIDUAL, in_=Q_HEADS),
     _norm("post_attention_layernorm", RESIDUAL),
-    _linear("mlp.gate_proj", out=FFN, in_=RESIDUAL),
-    _linear("mlp.up_proj", out=FFN, in_=RESIDUAL),
+    _linear("mlp.gate_proj", out=FFN, in_=RESIDUAL, reads="post_attention_layernorm"),
+    _linear("mlp.up_proj", out=FFN, in_=RESIDUAL, reads="post_attention_layernorm"),
     _linear("mlp.down_proj", out=RESIDUAL, in_=FFN),
 )
 
@@ -64,7 +64,7 @@ _BEFORE = (WeightSpec("model.embed_tokens.weight", Kind.EMBEDDING, (VOCAB, RESID
 
 _AFTER = (
     _norm("model.norm", RESIDUAL),
-    WeightSpec("lm_head.weight", Kind.HEAD, (VOCAB, RESIDUAL), when=_untied),
+    WeightSpec("lm_head.weight", Kind.HEAD, (VOCAB, RESIDUAL), when=_untied, reads="model.norm"),
 )
 
 

@@ -36,6 +36,7 @@ class WeightSpec:
     kind: Kind
     axes: tuple[Axis, ...]
     when: Condition | None = None  # None: every model of the family has it
+    reads: str | None = None  # the norm whose output enters it; None: something else does
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Weight:
     kind: Kind
     axes: tuple[Axis, ...]
     layer: int | None  # None: outside the layers
+    reads: str | None = None  # the weight of the norm whose output enters it; None: something else does
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(sizes[axis] for axis in self.axes)
@@ -87,7 +89,8 @@ class Family:
     def _resolve(specs: tuple[WeightSpec, ...], config: Config, prefix: str, layer: int | None) -> Iterator[Weight]:
         for spec in specs:
             if spec.when is None or spec.when(config):
-                yield Weight(prefix + spec.name, spec.kind, spec.axes, layer)
+                reads = None if spec.reads is None else f"{prefix}{spec.reads}.weight"
+                yield Weight(prefix + spec.name, spec.kind, spec.axes, layer, reads)
 
 
 def sizes_of(config: Config) -> Sizes:

@@ -68,7 +68,7 @@ _BASE_HOMES = {"device": "device", "cpu": "pinned", "zero": "host", "disk": "dis
 
 def record_format(config: RunConfig) -> RecordFormat:
     """The format that a run keeps its records in."""
-    aux_start = config.weight_decay > 0 and config.base_precision == "int8"
+    aux_start = config.weight_decay > 0 and (config.base_precision == "int8" or config.rebuilds)
     return RecordFormat(config.record_dtype, config.moments, config.rank, aux_start)
 
 
@@ -123,7 +123,7 @@ def evaluate_parts(plan: Plan, config: RunConfig, place: Place) -> Parts:
 
 def merge_parts(plan: Plan, config: RunConfig, place: Place) -> Parts:
     """What merging holds, on the host alone."""
-    buffers = Part("host", working.merge_need_bytes(plan, config.rank))
+    buffers = Part("host", working.merge_need_bytes(plan, config.rank, config.rotates))
     return place.settle({**_libraries("merge", config, place), BUFFERS: buffers})
 
 

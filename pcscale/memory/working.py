@@ -129,13 +129,23 @@ def _factor_values(base_shape: Shape, shape: Shape, rank: int | None) -> int:
     return sum(big * small if rank is None else rank * (big + small) for big, small in sides)
 
 
-def merge_need_bytes(plan: Plan, rank: int | None = None) -> int:
+def merge_need_bytes(plan: Plan, rank: int | None = None, rotates: bool = False) -> int:
     """Anonymous memory that merging takes at most, the interpreter aside: the buffers of merging/blocks.py.
 
     They are used again from matrix to matrix, so each is as large as the matrix that needs most of it.
+
+    Args:
+        rotates: whether S of the residual stream is dense; scaled for a norm it is a copy.
     """
     sizes = [_merge_buffers(planned, rank) for planned, _ in plan.alike]
-    return FLOAT_BYTES * sum(max(column) for column in zip(*sizes, strict=True))
+    scaled = basis_bytes(plan) if rotates else 0
+    return FLOAT_BYTES * sum(max(column) for column in zip(*sizes, strict=True)) + scaled
+
+
+def basis_bytes(plan: Plan) -> int:
+    """The dense S of a rotated residual stream; 0 where its width stays."""
+    base, compressed = plan.base_sizes[RESIDUAL], plan.sizes[RESIDUAL]
+    return FLOAT_BYTES * base * compressed * (base != compressed)
 
 
 def _merge_buffers(planned: PlannedWeight, rank: int | None) -> tuple[int, int, int, int, int]:

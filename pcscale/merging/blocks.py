@@ -57,7 +57,7 @@ def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, sp
     O, I = weight.shape
     for columns in blocks(out_oi.shape[1]):
         width = columns.stop - columns.start
-        D_Ib = None if p.in_ is None else _delta_in(p.in_, columns, space.take("in", I, width), space)
+        D_Ib = None if p.in_ is None else _factor_in(p.in_, columns, space.take("in", I, width), space)
         X_Ob = None if p.out is None else space.take("out", O, width)
         for rows in blocks(O):
             height = rows.stop - rows.start
@@ -66,7 +66,7 @@ def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, sp
                 weight.copy_block(x_bb, rows, columns)
             else:
                 W_bI = weight.copy_block(space.take("base", height, I), rows)
-                _multiply_add(x_bb, W_bI.index_select(1, p.in_.kept[columns]), W_bI, D_Ib)
+                _multiply(x_bb, W_bI, D_Ib, p.in_, columns, dim=1)
             if X_Ob is None:
                 out_oi[rows, columns] = x_bb.add_(p.aux[rows, columns])
         if X_Ob is None or p.out is None:
@@ -74,8 +74,8 @@ def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, sp
         for rows in blocks(len(out_oi)):
             height = rows.stop - rows.start
             w_bb = space.take("result", height, width)
-            D_bO = _delta_out(p.out, rows, space.take("base", height, O), space)
-            _multiply_add(w_bb, X_Ob.index_select(0, p.out.kept[rows]), D_bO, X_Ob)
+            D_bO = _factor_out(p.out, rows, space.take("base", height, O), space)
+            _multiply(w_bb, X_Ob, D_bO, p.out, rows, dim=0)
             out_oi[rows, columns] = w_bb.add_(p.aux[rows, columns])
 
 
@@ -84,13 +84,13 @@ def _out_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, s
     O, I = weight.shape
     for rows in blocks(len(out_oi)):
         height = rows.stop - rows.start
-        D_bO = _delta_out(p.out, rows, space.take("out", height, O), space)
+        D_bO = _factor_out(p.out, rows, space.take("out", height, O), space)
         Z_bI = None if p.in_ is None else space.take("in", height, I)
         for columns in blocks(I):
             width = columns.stop - columns.start
             z_bb = space.take("result", height, width) if Z_bI is None else Z_bI[:, columns]
             W_Ob = weight.copy_block(space.take("base", O, width), slice(0, O), columns)
-            _multiply_add(z_bb, W_Ob.index_select(0, p.out.kept[rows]), D_bO, W_Ob)
+            _multiply(z_bb, W_Ob, D_bO, p.out, rows, dim=0)
             if Z_bI is None:
                 out_oi[rows, columns] = z_bb.add_(p.aux[rows, columns])
         if Z_bI is None or p.in_ is None:
@@ -98,27 +98,35 @@ def _out_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, s
         for columns in blocks(out_oi.shape[1]):
             width = columns.stop - columns.start
             w_bb = space.take("result", height, width)
-            D_Ib = _delta_in(p.in_, columns, space.take("base", I, width), space)
-            _multiply_add(w_bb, Z_bI.index_select(1, p.in_.kept[columns]), Z_bI, D_Ib)
+            D_Ib = _factor_in(p.in_, columns, space.take("base", I, width), space)
+            _multiply(w_bb, Z_bI, D_Ib, p.in_, columns, dim=1)
             out_oi[rows, columns] = w_bb.add_(p.aux[rows, columns])
 
 
-def _delta_in(side: Side, columns: slice, out_Ib: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Columns of D_in in float32; of a D of low rank they are formed, a block at a time."""
+def _factor_in(side: Side, columns: slice, out_Ib: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """Columns of what multiplies: D_in in float32, and a dense S with it. A D of low rank is formed block by block."""
     if len(side.factors) == 1:
-        return out_Ib.copy_(side.factors[0][:, columns])
-    U_Ir, V_ri = side.factors
-    return torch.mm(space.load("u", U_Ir), space.load("v", V_ri[:, columns]), out=out_Ib)
+        out_Ib.copy_(side.factors[0][:, columns])
+    else:
+        U_Ir, V_ri = side.factors
+        torch.mm(space.load("u", U_Ir), space.load("v", V_ri[:, columns]), out=out_Ib)
+    return out_Ib if side.selects else out_Ib.add_(side.start[:, columns])
 
 
-def _delta_out(side: Side, rows: slice, out_bO: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Rows of D_out, likewise."""
+def _factor_out(side: Side, rows: slice, out_bO: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """Rows of what multiplies from the out side, likewise."""
     if len(side.factors) == 1:
-        return out_bO.copy_(side.factors[0][rows])
-    U_rO, V_or = side.factors
-    return torch.mm(space.load("v", V_or[rows]), space.load("u", U_rO), out=out_bO)
+        out_bO.copy_(side.factors[0][rows])
+    else:
+        U_rO, V_or = side.factors
+        torch.mm(space.load("v", V_or[rows]), space.load("u", U_rO), out=out_bO)
+    return out_bO if side.selects else out_bO.add_(side.start[rows])
 
 
-def _multiply_add(result: torch.Tensor, kept: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """`result = kept + left @ right`, in the memory of `result`."""
-    torch.addmm(kept, left, right, out=result)
+def _multiply(result: torch.Tensor, X: torch.Tensor, factor: torch.Tensor, side: Side, block: slice, dim: int) -> None:
+    """`result = factor @ X` (dim 0) or `X @ factor` (dim 1), in its memory, and the kept entries where S selects."""
+    left, right = (factor, X) if dim == 0 else (X, factor)
+    if side.selects:
+        torch.addmm(X.index_select(dim, side.start[block]), left, right, out=result)
+    else:
+        torch.mm(left, right, out=result)

@@ -35,15 +35,14 @@ from pcscale.common.files import (
 from pcscale.common.units import format_bytes
 from pcscale.families.hf_config import CONFIG_NAME
 from pcscale.families.plan import Plan, PlannedWeight
-from pcscale.importance.select import KeptIndices
 from pcscale.memory.process import AnonymousPeak
 from pcscale.memory.working import merge_need_bytes
 from pcscale.merging.blocks import Workspace, blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
 from pcscale.projection.layout import value_shapes
-from pcscale.projection.persist import direct_name, read_kept
-from pcscale.projection.record import Kept, projection_of
+from pcscale.projection.persist import direct_name, read_fixed, rotates
+from pcscale.projection.record import FixedSides, FixedTensors, projection_of
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.index import INDEX_NAME, SINGLE_NAME, read_header
 from pcscale.storage.reader import TORCH_DTYPES, TensorReader
@@ -94,7 +93,7 @@ class _Source:
     plan: Plan
     base: MappedBase
     weights: MappedBase | Int8Base  # what the training saw of the base's matrices
-    kept: KeptIndices
+    fixed: FixedTensors
     outer: TensorReader
     workspace: Workspace
 
@@ -127,7 +126,7 @@ def merge(
     started = time.monotonic()
     manifest = Manifest.read(checkpoint)
     plan = manifest.plan
-    least = merge_need_bytes(plan, manifest.projection_rank)
+    least = merge_need_bytes(plan, manifest.projection_rank, rotates(checkpoint, manifest))
     if max_memory_bytes < least:
         raise BudgetError(
             f"max_memory {format_bytes(max_memory_bytes)} is too small: one block of the largest matrix takes "
@@ -146,8 +145,8 @@ def merge(
             )
         outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
         with trained_weights(checkpoint, manifest, base, output) as weights:
-            kept = read_kept(checkpoint, manifest)
-            source = _Source(checkpoint, manifest, plan, base, weights, kept, outer, Workspace())
+            fixed = read_fixed(checkpoint, manifest)
+            source = _Source(checkpoint, manifest, plan, base, weights, fixed, outer, Workspace())
             dtypes = _output_dtypes(source, dtype)
             bytes_written = _write_folder(source, output, dtypes, max_shard_bytes, resume)
     return MergeResult(
@@ -305,8 +304,8 @@ def _verified(source: _Source, planned: PlannedWeight) -> tuple[FrozenWeight | N
 def _compose(source: _Source, planned: PlannedWeight, weight: FrozenWeight, path: Path, out_oi: torch.Tensor) -> None:
     record = TensorReader(read_header(path)[0])
     values = {name: record.tensor(name) for name in value_shapes(planned, source.manifest.projection_rank)}
-    kept = Kept.of(planned, source.kept, torch.device("cpu"))
-    compose_into(out_oi, weight, projection_of(kept, values), source.workspace)
+    projection = projection_of(FixedSides.of(planned, source.fixed), values)
+    compose_into(out_oi, weight, projection, source.workspace)
     record.close()
 
 

@@ -19,8 +19,9 @@ from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.merging.merge import trained_weights
 from pcscale.projection import algebra
 from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, RecordFormat
-from pcscale.projection.persist import UPDATES, direct_name, read_kept
-from pcscale.projection.record import Kept, MatrixRecord, Moment, Trained
+from pcscale.projection.persist import UPDATES, direct_name, read_fixed
+from pcscale.projection.record import FixedSide, FixedSides, MatrixRecord, Moment, Trained
+from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.storage.blockwise import Blockwise
 from pcscale.storage.index import read_header
@@ -96,8 +97,8 @@ def _live(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) 
 def _record(checkpoint: Path, manifest: Manifest, planned: PlannedWeight) -> MatrixRecord:
     """A matrix's record as it lies in the checkpoint: mapped."""
     reader = TensorReader(read_header(manifest.file(checkpoint, record_file(planned.name)))[0])
-    kept = Kept.of(planned, read_kept(checkpoint, manifest), torch.device("cpu"))
-    return MatrixRecord.of(kept, {name: reader.tensor(name) for name in reader.entries})
+    fixed = FixedSides.of(planned, read_fixed(checkpoint, manifest))
+    return MatrixRecord.of(fixed, {name: reader.tensor(name) for name in reader.entries})
 
 
 @torch.no_grad()
@@ -139,8 +140,8 @@ def _check_step(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8
     for planned in probed:
         _add_parameter(model, planned.name, torch.zeros(planned.shape))
     part = _PartOfPlan(plan.family, plan.base_config, plan.hidden_size, plan.intermediate_size, probed)
-    form, kept = RecordFormat(rank=manifest.projection_rank), read_kept(checkpoint, manifest)
-    optimizer = ProjectedAdamW(model, part, weights, kept, lr=_PROBE_RATE, form=form)
+    form, start = RecordFormat(rank=manifest.projection_rank), Start(read_fixed(checkpoint, manifest))
+    optimizer = ProjectedAdamW(model, part, weights, start, lr=_PROBE_RATE, form=form)
     optimizer.updates = int(TensorReader(read_header(checkpoint / OUTER_NAME)[0]).tensor(UPDATES))
     expected: dict[str, torch.Tensor] = {}
     for planned in probed:
@@ -181,7 +182,7 @@ def _in_float32(record: MatrixRecord) -> MatrixRecord:
         name: Trained(whole(part.value), whole(part.exp_avg), whole(part.exp_avg_sq))
         for name, part in record.parts.items()
     }
-    return MatrixRecord(record.kept, parts)
+    return MatrixRecord(record.fixed, parts)
 
 
 def _in_memory_step(
@@ -200,8 +201,8 @@ def _in_memory_step(
         }
 
     def composed() -> torch.Tensor:
-        p_out = _whole(record.kept.out, [leaves[name] for name in reversed(DELTA_OUT) if name in leaves], 0)
-        p_in = _whole(record.kept.in_, [leaves[name] for name in DELTA_IN if name in leaves], 1)
+        p_out = _whole(record.fixed.out, [leaves[name] for name in reversed(DELTA_OUT) if name in leaves], 0)
+        p_in = _whole(record.fixed.in_, [leaves[name] for name in DELTA_IN if name in leaves], 1)
         w_oi = W_OI if p_out is None else p_out @ W_OI
         return (w_oi if p_in is None else w_oi @ p_in) + leaves[AUX]
 
@@ -210,12 +211,14 @@ def _in_memory_step(
     return composed().detach()
 
 
-def _whole(kept: torch.Tensor | None, factors: list[torch.Tensor], dim: int) -> torch.Tensor | None:
+def _whole(side: FixedSide | None, factors: list[torch.Tensor], dim: int) -> torch.Tensor | None:
     """The projection S + D as one matrix, D the product of its factors; None: the side keeps its size."""
-    if kept is None:
+    if side is None:
         return None
-    delta = functools.reduce(torch.matmul, factors)
-    rows = torch.arange(len(kept))
-    selection = torch.zeros_like(delta)
-    selection[(rows, kept) if dim == 0 else (kept, rows)] = 1.0
-    return selection + delta
+    delta, start = functools.reduce(torch.matmul, factors), side.start(torch.float32, dim)
+    if side.basis is None:
+        rows = torch.arange(len(start))
+        selection = torch.zeros_like(delta)
+        selection[(rows, start) if dim == 0 else (start, rows)] = 1.0
+        start = selection
+    return start + delta

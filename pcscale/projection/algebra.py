@@ -1,8 +1,9 @@
 """The mathematics of Projected Compression: pure functions of tensors, nothing else.
 
 A base weight `W_OI` is projected to `w_oi = p_out_oO @ W_OI @ p_in_Ii + aux_oi`. Both projections are in delta form,
-`p = S + D` with S the fixed selection of the kept indices, so `W @ p_in = W[:, kept] + W @ D` and a zero D is exactly
-the hard-pruned weight, to the last bit. A D of low rank is `U V`, which is never formed.
+`p = S + D` with S the fixed start. Most often S selects the kept indices, so `W @ p_in = W[:, kept] + W @ D`: a zero D
+is exactly the hard-pruned weight, to the last bit, and a D of low rank, `U V`, is never formed. A dense S (a rotation)
+is added to D before it multiplies, which costs the same products as D alone, of low rank as many as whole.
 
 Legend: O, I base sizes of the out and in side; o, i compressed sizes; r the rank of D; x any size. A side that keeps
 its size has no projection (None).
@@ -24,13 +25,17 @@ class Side:
     """One projection `p = S + D`.
 
     Attributes:
-        kept: `[o]` or `[i]` int64, what S selects of the base's axis.
+        start: S: `[o]` or `[i]` int64, what it selects of the base's axis; or S itself, dense, in D's shape.
         factors: `(D,)` with D `[o, O]` or `[I, i]`; or `(U, V)`, U on the base's axis: `U_rO` and `V_or`, or `U_Ir` and
             `V_ri`.
     """
 
-    kept: torch.Tensor
+    start: torch.Tensor
     factors: Factors
+
+    @property
+    def selects(self) -> bool:
+        return self.start.ndim == 1
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,29 @@ class Gradients:
 
 def project_in(X_xI: torch.Tensor, side: Side | None) -> torch.Tensor:
     """`X @ p_in` as `[x, i]`: the kept columns and the change."""
-    return X_xI if side is None else _add_kept_columns(X_xI, side, _inner(X_xI, side))
+    return X_xI if side is None else _applied_in(X_xI, side, _inner(X_xI, side))
 
 
 def project_out(X_Ox: torch.Tensor, side: Side | None) -> torch.Tensor:
     """`p_out @ X` as `[o, x]`: the kept rows and the change."""
     if side is None:
         return X_Ox
+    if not side.selects:
+        return whole_out(side) @ X_Ox
     inner = X_Ox if len(side.factors) == 1 else side.factors[0] @ X_Ox
-    return torch.addmm(X_Ox.index_select(0, side.kept), side.factors[-1], inner)
+    return torch.addmm(X_Ox.index_select(0, side.start), side.factors[-1], inner)
+
+
+def whole_in(side: Side) -> torch.Tensor:
+    """`p_in` itself `[I, i]`, of a dense S."""
+    D_Ii = side.factors[0]
+    return side.start + D_Ii if len(side.factors) == 1 else torch.addmm(side.start, D_Ii, side.factors[1])
+
+
+def whole_out(side: Side) -> torch.Tensor:
+    """`p_out` itself `[o, O]`, of a dense S."""
+    D_oO = side.factors[0]
+    return side.start + D_oO if len(side.factors) == 1 else torch.addmm(side.start, side.factors[1], D_oO)
 
 
 def compose(W_OI: torch.Tensor, projection: Projection, out_first: bool | None = None) -> torch.Tensor:
@@ -123,7 +142,7 @@ def pull_back(
         out = _out_gradients(_project_in_transposed(G_oi, p.in_), W_OI, p.out)
     else:
         inner = _inner(W_OI, p.in_)
-        out = _out_gradients(G_oi, _add_kept_columns(W_OI, p.in_, inner), p.out)
+        out = _out_gradients(G_oi, _applied_in(W_OI, p.in_, inner), p.out)
         in_ = _in_gradients(W_OI, _project_out_transposed(G_oi, p.out), p.in_, inner)
     return Gradients(out, in_, G_oi)
 
@@ -133,24 +152,30 @@ def _inner(X_xI: torch.Tensor, side: Side) -> torch.Tensor:
     return X_xI if len(side.factors) == 1 else X_xI @ side.factors[0]
 
 
-def _add_kept_columns(X_xI: torch.Tensor, side: Side, inner: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(X_xI.index_select(1, side.kept), inner, side.factors[-1])
+def _applied_in(X_xI: torch.Tensor, side: Side, inner: torch.Tensor) -> torch.Tensor:
+    if not side.selects:
+        return X_xI @ whole_in(side)
+    return torch.addmm(X_xI.index_select(1, side.start), inner, side.factors[-1])
 
 
 def _project_out_transposed(G_ox: torch.Tensor, side: Side) -> torch.Tensor:
     """`p_outᵀ @ G` as `[O, x]`."""
+    if not side.selects:
+        return whole_out(side).T @ G_ox
     product = side.factors[-1].T @ G_ox
     if len(side.factors) == 2:
         product = side.factors[0].T @ product
-    return product.index_add_(0, side.kept, G_ox)
+    return product.index_add_(0, side.start, G_ox)
 
 
 def _project_in_transposed(G_xi: torch.Tensor, side: Side) -> torch.Tensor:
     """`G @ p_inᵀ` as `[x, I]`."""
+    if not side.selects:
+        return G_xi @ whole_in(side).T
     product = G_xi @ side.factors[-1].T
     if len(side.factors) == 2:
         product = product @ side.factors[0].T
-    return product.index_add_(1, side.kept, G_xi)
+    return product.index_add_(1, side.start, G_xi)
 
 
 def _out_gradients(left_ox: torch.Tensor, right_Ox: torch.Tensor, side: Side) -> Factors:

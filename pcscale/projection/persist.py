@@ -6,14 +6,15 @@ import torch
 
 from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.errors import RequestError
-from pcscale.importance.select import KeptIndices
+from pcscale.families.axes import RESIDUAL
+from pcscale.projection.record import FixedTensors, basis_name
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import DTYPE_NAMES, TensorReader
 from pcscale.storage.writer import write_tensors
 
 _DIRECT = "direct."
-_KEPT = "kept."
+_FIXED = "kept."
 UPDATES = "updates"
 
 
@@ -27,14 +28,14 @@ def write_records(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
 
 
 def write_outer(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
-    """Write what every rank has: norms, biases, their moments and the kept indices. Returns the file's fingerprint."""
+    """Write what every rank has: norms, biases, their moments and what S is made of. Returns the file's fingerprint."""
     return {OUTER_NAME: write_tensors(folder / OUTER_NAME, _outer_tensors(optimizer))}
 
 
 def _outer_tensors(optimizer: ProjectedAdamW) -> dict[str, torch.Tensor]:
     direct = dict(pair for name, trained in optimizer.direct.items() for pair in trained.tensors(direct_name(name)))
-    kept = {kept_entry(name): indices for name, indices in optimizer.kept.items()}
-    return direct | kept | {UPDATES: torch.tensor(optimizer.updates)}
+    fixed = {fixed_entry(name): tensor for name, tensor in optimizer.fixed.items()}
+    return direct | fixed | {UPDATES: torch.tensor(optimizer.updates)}
 
 
 def direct_name(name: str) -> str:
@@ -42,15 +43,20 @@ def direct_name(name: str) -> str:
     return _DIRECT + name
 
 
-def kept_entry(name: str) -> str:
-    """What outer.safetensors calls a set of kept indices."""
-    return _KEPT + name
+def fixed_entry(name: str) -> str:
+    """What outer.safetensors calls a tensor that S is made of."""
+    return _FIXED + name
 
 
-def read_kept(folder: Path, manifest: Manifest) -> KeptIndices:
-    """The kept indices of a checkpoint."""
+def read_fixed(folder: Path, manifest: Manifest) -> FixedTensors:
+    """What S of a checkpoint is made of; mapped."""
     reader = TensorReader(read_header(manifest.file(folder, OUTER_NAME))[0])
-    return {name.removeprefix(_KEPT): reader.tensor(name).clone() for name in reader.entries if name.startswith(_KEPT)}
+    return {name.removeprefix(_FIXED): reader.tensor(name) for name in reader.entries if name.startswith(_FIXED)}
+
+
+def rotates(folder: Path, manifest: Manifest) -> bool:
+    """Whether S of the checkpoint's residual stream is dense; from a header alone."""
+    return fixed_entry(basis_name(RESIDUAL)) in read_header(manifest.file(folder, OUTER_NAME))[0]
 
 
 def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> None:
@@ -69,7 +75,7 @@ def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> N
     for name, tensor in outer.items():
         tensor.copy_(reader.tensor(name))
     optimizer.updates = int(outer[UPDATES])
-    optimizer.records.keep(optimizer.kept)
+    optimizer.records.fix(optimizer.fixed)
     optimizer.compose_all()
 
 

@@ -1,50 +1,293 @@
-"""Starts: the compressed model before the first step."""
+"""Starts: what S is, and the compressed model before the first step.
+
+Legend: O, I base sizes of the out and in side; o, i compressed sizes; H, h the residual stream's; d dropped channels;
+b a block of rows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from pcscale.families.plan import Plan, PlannedWeight
-from pcscale.importance.score import ReadTensor
-from pcscale.importance.select import KeptIndices
-from pcscale.projection.layout import AUX, AUX_START, DELTA_IN, DELTA_OUT, RecordFormat, value_shapes
-from pcscale.projection.record import kept_sides
+from pcscale.common.errors import RequestError
+from pcscale.families.axes import RESIDUAL
+from pcscale.families.plan import Plan, PlannedWeight, kept_name
+from pcscale.families.spec import Kind
+from pcscale.importance.score import ReadTensor, Scores
+from pcscale.importance.select import select
+from pcscale.importance.statistics import SECOND_MOMENT, dropped_of, energy_name, rebuild
+from pcscale.projection.layout import DELTA_IN, DELTA_OUT, row_blocks, value_shapes
+from pcscale.projection.record import FixedSides, FixedTensors, basis_name, scale_name
 from pcscale.projection.rounding import NoiseKey
 
+TIED_GAIN = 1.1
+"""Of the last norm where a rotated head is the embedding (measured on SmolLM2-135M: docs/recipe.md)."""
+_SMALLEST_GAMMA = 1e-3
+"""Of the root mean square of a norm's weight: smaller entries are not divided by."""
+Blocks = Iterator[tuple[slice, torch.Tensor]]
+"""Rows of a base weight, float32, with their place."""
 
-def selection_start(plan: Plan, kept: KeptIndices, read: ReadTensor) -> dict[str, torch.Tensor]:
-    """The hard-pruned model: of every base weight the kept rows and columns, by name, in the stored dtype.
 
-    Source: method as published (0/1 selection matrices, aux = 0).
+@dataclass(frozen=True)
+class Start:
+    """What training begins with.
+
+    Attributes:
+        fixed: what S is made of.
+        norms: weights of norms over the residual stream that are not the kept entries, `[h]` float32 by name.
+        rebuilt: by set of kept indices, `[d, kept]`: what kept channels say of each dropped one. It goes into aux,
+            beside an S that selects.
+        gammas: the base's norm weights that rebuilt residual channels pass through, `[H]` by name.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for planned in plan.weights:
-        tensor = read(planned.name)
-        for dim, indices in enumerate(kept_sides(planned, kept)):
-            if indices is not None:
-                tensor = tensor.index_select(dim, indices)
-        tensors[planned.name] = tensor
-    return tensors
+
+    fixed: FixedTensors
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+    rebuilt: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    gammas: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def start_values(
-    planned: PlannedWeight, form: RecordFormat, lost: torch.Tensor | None, key: NoiseKey
-) -> dict[str, torch.Tensor]:
-    """What is not zero in a record at the start, by name; the composed weight is that of `selection_start`.
+def selection(plan: Plan, scores: Scores, read: ReadTensor) -> Start:
+    """The most important channels, as published: the hard-pruned model."""
+    return Start(select(plan, scores))
+
+
+def rescaled(plan: Plan, scores: Scores, read: ReadTensor) -> Start:
+    """The same with every norm's weight times `sqrt(H e / h)`, e the share of its input's energy that is kept.
+
+    A norm divides by the root mean square of what it reads, which fewer channels change.
+    """
+    fixed = select(plan, scores)
+    kept = fixed[kept_name(RESIDUAL, None)]
+    norms = {}
+    for norm in _norms(plan):
+        energy_H = scores[energy_name(norm)]
+        gain = (energy_H[kept].sum() / energy_H.sum() * len(energy_H) / len(kept)).sqrt()
+        norms[norm] = read(norm)[kept].float() * gain
+    return Start(fixed, norms)
+
+
+def least_squares(plan: Plan, scores: Scores, read: ReadTensor) -> Start:
+    """Norms rescaled, and dropped channels of the residual stream rebuilt from kept ones.
+
+    With C the second moments of the activations a dropped channel is `C[d, kept] C[kept, kept]⁻¹` of the kept ones, up
+    to a ridge; where a matrix reads it, that is added to what it reads of them.
+    """
+    start, name = rescaled(plan, scores, read), kept_name(RESIDUAL, None)
+    rebuilt = {name: rebuild(scores[SECOND_MOMENT], start.fixed[name])}
+    gammas = {norm: read(norm).float() for norm in _norms(plan)}
+    return Start(start.fixed, start.norms, rebuilt, gammas)
+
+
+def pca(plan: Plan, scores: Scores, read: ReadTensor) -> Start:
+    """One rotation of the residual stream onto its main directions; ffn channels are selected.
+
+    The basis P holds the leading eigenvectors of the second moments, turned among themselves to lie closest to the kept
+    coordinates (orthogonal Procrustes), which a tied head needs.
+
+    Source: rotation of the residual stream as in SliceGPT, Ashkboos et al., arXiv:2401.15024.
+    """
+    fixed = select(plan, scores)
+    moment_HH, kept = scores[SECOND_MOMENT].double(), fixed[kept_name(RESIDUAL, None)]
+    if len(kept) == len(moment_HH):
+        return Start(fixed)
+    basis_Hh = torch.linalg.eigh(moment_HH).eigenvectors[:, -len(kept) :]
+    left, _, right = torch.linalg.svd(basis_Hh[kept].T)
+    basis_Hh = basis_Hh @ left @ right
+    energy = ((moment_HH @ basis_Hh) * basis_Hh).sum() / moment_HH.trace()
+    gain = float((energy * len(moment_HH) / len(kept)).sqrt())
+    return rotated(plan, fixed, basis_Hh.float().contiguous(), gain, read)
+
+
+def rotated(plan: Plan, fixed: FixedTensors, basis_Hh: torch.Tensor, gain: float, read: ReadTensor) -> Start:
+    """The start whose residual stream is `x P`, exact but for what the basis P leaves out.
+
+    What reads a norm with weight γ has `diag(γ / g) P` for S, g the root mean square of γ; the norm itself keeps
+    `g gain` for every channel, so that what is trained keeps the size it has in the base. A head that is the embedding
+    has the embedding's P, and its norm the diagonal of `Pᵀ diag(γ) P`, which no P makes exact.
 
     Args:
-        lost: `[o, i]`, what the precision of the base loses of the kept entries (method, section 3.3); None: nothing.
-        key: of the random U of a low rank.
+        gain: what norms are multiplied with for the energy that the basis leaves out.
+    """
+    fixed, norms = fixed | {basis_name(kept_name(RESIDUAL, None)): basis_Hh}, {}
+    readers = {planned.weight.reads for planned in plan.weights}
+    for norm in _norms(plan):
+        gamma_H = read(norm).float()
+        if norm in readers:
+            mean = gamma_H.square().mean().sqrt()
+            fixed[scale_name(norm)] = gamma_H / mean
+            norms[norm] = (mean * gain).expand(basis_Hh.shape[1]).clone()
+        else:
+            norms[norm] = gamma_H @ basis_Hh.square() * (gain * TIED_GAIN)
+    return Start(fixed, norms)
+
+
+STARTS: dict[str, Callable[[Plan, Scores, ReadTensor], Start]] = {
+    "selection": selection,
+    "rescaled": rescaled,
+    "least_squares": least_squares,
+    "pca": pca,
+    "pca_least_squares": pca,
+}
+"""With `least_squares` in its name a start also gets what calibration solves for of the ffn."""
+
+
+def make_start(
+    name: str, plan: Plan, scores: Scores, read: ReadTensor, rebuilt: Mapping[str, torch.Tensor] | None = None
+) -> Start:
+    """The start of that name.
+
+    Args:
+        scores: with what calibration leaves beside them (importance/statistics.py).
+        read: gives a base weight as it is stored.
+        rebuilt: of dropped ffn channels, by set of kept indices; None: these start at nothing.
+
+    Raises:
+        RequestError: the scores are of another model, or of no activations where the start needs these.
+    """
+    needed = [SECOND_MOMENT, *map(energy_name, _norms(plan))] if name != "selection" else []
+    for missing in (entry for entry in needed if entry not in scores):
+        raise RequestError(f"start {name} needs {missing}, which these scores lack: calibrate with activations.")
+    start = STARTS[name](plan, scores, read)
+    return replace(start, rebuilt={**start.rebuilt, **(rebuilt or {})})
+
+
+def _norms(plan: Plan) -> list[str]:
+    """The norms over the residual stream."""
+    return [p.name for p in plan.weights if p.weight.kind is Kind.NORM and p.weight.axes == (RESIDUAL,)]
+
+
+def start_tensors(
+    plan: Plan, start: Start, read: ReadTensor, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """The compressed model before the first step, by name, on the host: kept entries as stored, all else in float32.
+
+    Args:
+        device: of the products; None: the host.
+    """
+    fixed = {name: tensor.to(device) for name, tensor in start.fixed.items()}
+    return {planned.name: _start_tensor(planned, start, fixed, read, device) for planned in plan.weights}
+
+
+def _start_tensor(
+    planned: PlannedWeight, start: Start, fixed: FixedTensors, read: ReadTensor, device: torch.device | None
+) -> torch.Tensor:
+    if planned.name in start.norms:
+        return start.norms[planned.name]
+    tensor, sides = read(planned.name), FixedSides.of(planned, fixed)
+    if not planned.is_matrix:
+        if sides.out is None:
+            return tensor
+        # A bias that is added to a rotated residual stream.
+        return _select(tensor, 0, sides.out.kept) if sides.out.basis is None else tensor.float() @ sides.out.basis.cpu()
+    rebuilt = _rebuilt_in(planned, start, device)
+    if rebuilt is None and all(side is None or side.basis is None for side in (sides.out, sides.in_)):
+        for dim, side in enumerate((sides.out, sides.in_)):
+            tensor = tensor if side is None else _select(tensor, dim, side.kept)
+        return tensor
+
+    def blocks() -> Blocks:
+        return ((rows, tensor[rows].to(device, torch.float32)) for rows in row_blocks(planned))
+
+    value_oi = _product(planned, sides, blocks(), lambda X_xI: _start_in(X_xI, sides))
+    return value_oi if rebuilt is None else value_oi.add_(_product(planned, sides, blocks(), rebuilt))
+
+
+def _select(tensor: torch.Tensor, dim: int, kept: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(dim, kept.to(tensor.device))
+
+
+def start_aux(
+    planned: PlannedWeight,
+    start: Start,
+    sides: FixedSides,
+    lost: Callable[[slice], torch.Tensor] | None,
+    stored: Callable[[slice], torch.Tensor] | None,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """Where aux begins so that the composed weight is that of `start_tensors`, `[o, i]` float32 on the host.
+
+    Args:
+        sides: on the device.
+        lost: rows of what the base's precision loses (method, section 3.3); None: nothing.
+        stored: rows of the base weight, of a matrix that `rebuilds`.
+
+    Returns:
+        None: at zero.
+    """
+    parts: list[torch.Tensor] = []
+    for rows_of, read_in in (
+        (lost, lambda X_xI: _start_in(X_xI, sides)),
+        (stored, _rebuilt_in(planned, start, device)),
+    ):
+        if rows_of is not None and read_in is not None:
+            blocks = ((rows, rows_of(rows).to(device)) for rows in row_blocks(planned))
+            parts.append(_product(planned, sides, blocks, read_in))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def rebuilds(planned: PlannedWeight, start: Start) -> bool:
+    """Whether aux begins with what kept channels say of those that this matrix read beside them."""
+    return _rebuilt_of(planned, start) is not None
+
+
+def _product(
+    planned: PlannedWeight, sides: FixedSides, blocks: Blocks, read_in: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`S_out X read_in`, `[o, i]` float32 on the host: rows in one block where the out side is projected."""
+    value_oi = torch.empty(planned.shape)
+    for rows, X_bI in blocks:
+        if sides.out is None:
+            value_oi[rows] = read_in(X_bI).cpu()
+        elif sides.out.basis is None:
+            value_oi.copy_(read_in(X_bI.index_select(0, sides.out.kept)))
+        else:
+            value_oi.copy_(read_in(sides.out.start(X_bI.dtype, 0) @ X_bI))
+    return value_oi
+
+
+def _start_in(X_xI: torch.Tensor, sides: FixedSides) -> torch.Tensor:
+    """`X S_in`."""
+    if sides.in_ is None:
+        return X_xI
+    start = sides.in_.start(X_xI.dtype, 1)
+    return X_xI.index_select(1, start) if sides.in_.basis is None else X_xI @ start
+
+
+def _rebuilt_of(planned: PlannedWeight, start: Start) -> str | None:
+    """The set of kept indices that this matrix's in side is rebuilt from; None: it is not."""
+    name = kept_name(planned.weight.axes[1], planned.weight.layer) if planned.projects_in else None
+    if name not in start.rebuilt or (planned.weight.axes[1] == RESIDUAL and planned.weight.reads is None):
+        return None
+    return name
+
+
+def _rebuilt_in(
+    planned: PlannedWeight, start: Start, device: torch.device | None
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What reads the dropped channels through the kept ones; None: nothing does."""
+    name = _rebuilt_of(planned, start)
+    if name is None:
+        return None
+    kept, rebuilt_di = start.fixed[name], start.rebuilt[name].float()
+    dropped = dropped_of(kept, planned.base_shape[1])
+    if planned.weight.axes[1] == RESIDUAL and planned.weight.reads is not None:
+        gamma_I = start.gammas[planned.weight.reads]
+        smallest = _SMALLEST_GAMMA * gamma_I.square().mean().sqrt()
+        inverse_i = torch.where(gamma_I[kept].abs() > smallest, gamma_I[kept].reciprocal(), 0.0)
+        rebuilt_di = gamma_I[dropped][:, None] * rebuilt_di * inverse_i
+    rebuilt_di, dropped = rebuilt_di.to(device), dropped.to(device)
+    return lambda X_xI: X_xI.index_select(1, dropped) @ rebuilt_di
+
+
+def random_factors(planned: PlannedWeight, rank: int | None, key: NoiseKey) -> dict[str, torch.Tensor]:
+    """The U of a low rank, by name; with a whole D nothing.
 
     D of low rank is U V with V zero. U is normal with variance 1 / rank: an entry of D then moves by about the learning
     rate in a step of Adam, as it does when D is whole.
     """
     generator = torch.Generator().manual_seed(key)
-    values = {
-        name: torch.randn(shape, generator=generator) * (form.rank or 1) ** -0.5
-        for name, shape in value_shapes(planned, form.rank).items()
+    return {
+        name: torch.randn(shape, generator=generator) * (rank or 1) ** -0.5
+        for name, shape in value_shapes(planned, rank).items()
         if name in (DELTA_OUT[1], DELTA_IN[1])
     }
-    if lost is not None:
-        values[AUX] = lost
-        if form.aux_start:
-            values[AUX_START] = lost
-    return values

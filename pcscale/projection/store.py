@@ -13,11 +13,10 @@ import torch
 
 from pcscale.base.weight import FrozenWeight
 from pcscale.families.plan import PlannedWeight
-from pcscale.importance.select import KeptIndices
 from pcscale.projection.homes import Traffic
 from pcscale.projection.layout import AHEAD, RecordFormat, record_layout
 from pcscale.projection.owners import Round
-from pcscale.projection.record import Kept, MatrixRecord, views_of
+from pcscale.projection.record import FixedSides, FixedTensors, MatrixRecord, views_of
 from pcscale.projection.residency import Residency, open_home
 
 
@@ -36,7 +35,7 @@ class Base(Protocol):
 
     def weight(self, name: str) -> FrozenWeight: ...
 
-    def loss(self, name: str, kept_out: torch.Tensor | None, kept_in: torch.Tensor | None) -> torch.Tensor | None: ...
+    def lost(self, name: str, rows: slice) -> torch.Tensor | None: ...
 
     def prefetch(self, names: list[str]) -> None: ...
 
@@ -67,7 +66,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
         matrices: the projected weights.
         turns: the rounds of a sweep over all of them.
         rank: whose records these are.
-        kept: the kept indices of the start.
+        fixed: what S is made of.
         base: where base weights come from.
         device: where visits take place.
     """
@@ -78,7 +77,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
         turns: list[Round],
         rank: int,
         form: RecordFormat,
-        kept: KeptIndices,
+        fixed: FixedTensors,
         base: Base,
         residency: Residency,
         device: torch.device,
@@ -91,17 +90,18 @@ class RecordStore(Mapping[str, MatrixRecord]):
         self.layouts = {name: record_layout(planned, form) for name, planned in self._planned.items()}
         self._base, self._rank, self._device = base, rank, device
         self.home = open_home(residency, self.layouts, device, self.traffic)
-        self.keep(kept)
+        self.fix(fixed)
 
-    def keep(self, kept: KeptIndices) -> None:
-        """Select these channels of the base weights from now on."""
-        self._kept = {name: Kept.of(planned, kept, self._device) for name, planned in self._planned.items()}
+    def fix(self, fixed: FixedTensors) -> None:
+        """Have S made of these from now on."""
+        self.fixed = {name: tensor.to(device=self._device) for name, tensor in fixed.items()}
+        self._sides = {name: FixedSides.of(planned, self.fixed) for name, planned in self._planned.items()}
 
     def __getitem__(self, name: str) -> MatrixRecord:
         buffer = self.home.fetch(name)
         copy = buffer.clone()
         self.home.put(name, buffer, changed=False)
-        return MatrixRecord.of(self._kept[name], views_of(copy, self.layouts[name]))
+        return MatrixRecord.of(self._sides[name], views_of(copy, self.layouts[name]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._planned  # Mapping's own would fetch the record.
@@ -198,7 +198,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def _visit(self, fetched: _Fetched, weight: FrozenWeight | None) -> Visit:
         assert weight is not None
         weight.keep_for(self._device)
-        record = MatrixRecord.of(self._kept[fetched.name], views_of(fetched.buffer, self.layouts[fetched.name]))
+        record = MatrixRecord.of(self._sides[fetched.name], views_of(fetched.buffer, self.layouts[fetched.name]))
         return Visit(self._planned[fetched.name], weight, record)
 
     def _put(self, fetched: _Fetched, computed: torch.cuda.Event | None, changed: bool) -> None:

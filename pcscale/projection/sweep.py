@@ -19,16 +19,24 @@ from torch import nn
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import DIRECT, home_of, ledger
 from pcscale.families.plan import Plan, PlannedWeight
-from pcscale.importance.select import KeptIndices
 from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
 from pcscale.projection.engine import Engine, LocalEngine
-from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, PUBLISHED_FORMAT, RecordFormat, check_rank, row_blocks
+from pcscale.projection.layout import (
+    AUX,
+    AUX_START,
+    DELTA_IN,
+    DELTA_OUT,
+    PUBLISHED_FORMAT,
+    RecordFormat,
+    check_rank,
+    row_blocks,
+)
 from pcscale.projection.owners import sweep_rounds
-from pcscale.projection.record import Trained, kept_sides
+from pcscale.projection.record import FixedSides, FixedTensors, Trained
 from pcscale.projection.residency import ON_DEVICE, Residency
 from pcscale.projection.rounding import noise_key
-from pcscale.projection.starts import start_values
+from pcscale.projection.starts import Start, random_factors, rebuilds, start_aux
 from pcscale.projection.store import Base, RecordStore, Visit
 
 _FACTORS = (DELTA_OUT[1], DELTA_IN[1])
@@ -38,14 +46,14 @@ _FACTORS = (DELTA_OUT[1], DELTA_IN[1])
 class ProjectedAdamW(torch.optim.Optimizer):
     """AdamW on the projections of a frozen base, for a stock model at the compressed size.
 
-    The model must hold the start already (`pcscale.selection_start`). Gradients arrive in `parameter.grad` as always;
+    The model must hold the start already (`pcscale.start_tensors`). Gradients arrive in `parameter.grad` as always;
     clip them, accumulate them and schedule `group["lr"]` as with any optimizer.
 
     Args:
         model: the compressed model; its parameters are named as in the plan.
         plan: the base's and the compressed shapes.
         base: where base weights are read from.
-        kept: the kept indices of the start.
+        start: what training begins with; where a checkpoint is loaded, its `fixed` tensors are enough.
         lr: rate of D_out and D_in.
         aux_lr: rate of aux, norms and biases; None: `lr`. It follows a scheduler in the same ratio to `lr`.
         betas, eps: AdamW's.
@@ -73,7 +81,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         model: nn.Module,
         plan: Plan,
         base: Base,
-        kept: KeptIndices,
+        start: Start,
         lr: float = 1.5e-4,
         aux_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -92,7 +100,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         named = dict(model.named_parameters())
         self.plan, self.base, self.project, self.seed = plan, base, project, seed
         # A copy: a checkpoint that is read brings its own.
-        self.kept = {name: indices.clone() for name, indices in kept.items()}
+        self.fixed: FixedTensors = {name: tensor.clone() for name, tensor in start.fixed.items()}
         self.updates = 0
         parameters = {planned.name: _matching_parameter(planned, named) for planned in plan.weights}
         self.engine: Engine = engine or LocalEngine(parameters, gradient_home)
@@ -101,20 +109,18 @@ class ProjectedAdamW(torch.optim.Optimizer):
         )
         projected = [planned for planned in plan.weights if planned.is_matrix and project]
         check_rank(projected, form.rank)
-        form = replace(form, aux_start=weight_decay > 0 and bool(base.coded_fingerprints))
+        moved = bool(base.coded_fingerprints or start.rebuilt)
+        form = replace(form, aux_start=form.aux_start or (weight_decay > 0 and moved))
         topology = self.engine.topology
         self._rounds = sweep_rounds(projected, form.rank, topology.world_size)
         # Records are not `optimizer.state`: torch, Accelerate and the Trainer cast, move and pickle what is there.
         self.records = RecordStore(
-            projected, self._rounds, topology.rank, form, self.kept, base, residency, self.engine.device
+            projected, self._rounds, topology.rank, form, self.fixed, base, residency, self.engine.device
         )
         self._position = {planned.name: position for position, planned in enumerate(projected)}
         """Of every projected matrix, whoever owns it."""
         for planned in projected:
-            if planned.name in self.records:
-                key = noise_key(seed, 0, self._position[planned.name], 0)
-                lost = base.loss(planned.name, *kept_sides(planned, self.kept))
-                self.records.home.create(planned.name, start_values(planned, form, lost, key))
+            self._create(planned, start)
         self.direct: dict[str, Trained] = {}
         """What is trained without a projection, on every rank; its value is the parameter itself where that is whole
         and float32."""
@@ -139,6 +145,39 @@ class ProjectedAdamW(torch.optim.Optimizer):
             ],
             {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_ratio},
         )
+
+    def _create(self, planned: PlannedWeight, start: Start) -> None:
+        """Make this rank's record of a matrix at the start; all ranks read the base together where they must."""
+        name, base = planned.name, self.base
+        mine = name in self.records
+        weight = base.weight(name) if rebuilds(planned, start) and (mine or base.collective) else None
+        if not mine:
+            return
+
+        def stored(rows: slice) -> torch.Tensor:
+            assert weight is not None
+            values = weight.rows(torch.float32, rows.start, rows.stop)
+            lost = base.lost(name, rows)
+            return values if lost is None else values + lost.to(values.device)
+
+        def lost(rows: slice) -> torch.Tensor:
+            found = base.lost(name, rows)
+            assert found is not None
+            return found
+
+        key = noise_key(self.seed, 0, self._position[name], 0)
+        values = random_factors(planned, self.records.form.rank, key)
+        aux = start_aux(
+            planned,
+            start,
+            FixedSides.of(planned, self.records.fixed),
+            lost if base.coded_fingerprints else None,
+            None if weight is None else stored,
+            self.engine.device,
+        )
+        if aux is not None:
+            values |= {AUX: aux, AUX_START: aux}
+        self.records.home.create(name, values)
 
     def _direct_bytes(self) -> int:
         """Moments of what is trained without a projection, and its values where they are not the parameters."""

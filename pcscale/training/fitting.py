@@ -165,7 +165,7 @@ def check_requests(setup: Setup, config: RunConfig, folder: RunFolder) -> None:
     Raises:
         RequestError, BudgetError, RunError: with the least that would do.
     """
-    least = merge_need_bytes(setup.plan, config.rank)
+    least = merge_need_bytes(setup.plan, config.rank, config.rotates)
     if parse_bytes(config.max_memory) < least:
         raise BudgetError(f"max_memory {config.max_memory} is too small for the merge: give at least {least} bytes.")
     if config.memory_snapshot and setup.device.type == "cpu":

@@ -65,6 +65,11 @@ class RunFolder:
         return self.path / "scores.safetensors"
 
     @property
+    def rebuilt(self) -> Path:
+        """What kept ffn channels say of dropped ones, until training has begun with it."""
+        return self.path / "rebuilt.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -125,7 +130,16 @@ class RunFolder:
     def clear_results(self) -> None:
         """Forget what a run without a checkpoint has left: it begins anew, maybe on other text."""
         tokens = self.path / TOKENS_NAME
-        for path in (tokens, self.scores, self.metrics, self.evaluation, self.merge_result, self.usage, self.memory):
+        for path in (
+            tokens,
+            self.scores,
+            self.rebuilt,
+            self.metrics,
+            self.evaluation,
+            self.merge_result,
+            self.usage,
+            self.memory,
+        ):
             path.unlink(missing_ok=True)
 
     def records_of(self, rank: int) -> Path:

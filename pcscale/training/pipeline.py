@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
-from pcscale.calibration.collect import collect_scores, read_scores, write_scores
+from pcscale.calibration.collect import collect_scores, read_rebuilt, read_scores, write_rebuilt, write_scores
 from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.console import console
 from pcscale.common.files import read_json, write_json
@@ -25,14 +25,15 @@ from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe
 from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
-from pcscale.importance.select import KeptIndices, select
+from pcscale.importance.select import select
 from pcscale.memory.limits import device_in_use, device_limit, host_in_use, host_limit
 from pcscale.memory.process import machine, release_freed, settle
 from pcscale.memory.series import Series
 from pcscale.memory.tracker import Tracker, Usage, allocator_snapshot
 from pcscale.memory.watchdog import Watchdog
 from pcscale.merging.merge import merge
-from pcscale.projection.persist import read_kept
+from pcscale.projection.persist import read_fixed
+from pcscale.projection.starts import Start, make_start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.reporting.report import write_report
 from pcscale.training.fitting import check_fit, check_requests, predict, say_plan, try_merge
@@ -132,13 +133,13 @@ def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
     together(group, lambda: None if group.topology.is_first else run.prepare_tokens())
     if checkpoint and manifest:
         together(group, lambda: check_text(checkpoint, run.tokens.fingerprint))
-        kept = read_kept(checkpoint, manifest)
+        start = Start(read_fixed(checkpoint, manifest))
     else:
         run.with_base(run.calibrate)
-        kept = first_alone(group, lambda: select(run.setup.plan, read_scores(folder.scores)))
+        start = run.start()
     if not first_alone(group, lambda: "base" in run.evaluation()):
         run.with_base(run.evaluate_base)
-    run.train(kept, checkpoint, manifest)
+    run.train(start, checkpoint, manifest)
     first_alone(group, run.merge)
     first_alone(group, run.evaluate_merged)
     return first_alone(group, lambda: write_report(folder.path))
@@ -188,9 +189,25 @@ class _Run:
             scores = collect_scores(
                 setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
             )
-            tokens = sum(batch.numel() for batch in batches) if config.importance == "activation" else 0
+            tokens = sum(batch.numel() for batch in batches) if config.importance in ("activation", "energy") else 0
             if setup.group.topology.is_first:
                 write_scores(self.folder.scores, scores, config.importance, tokens)
+            if config.rebuilds:
+                path = self.folder.rebuilt if setup.group.topology.is_first else None
+                kept = select(setup.plan, scores)
+                write_rebuilt(path, setup.plan, setup.base, kept, batches, setup.device, setup.base_dtype)
+
+    def start(self) -> Start:
+        """What training begins with, the same on all ranks."""
+        setup, config, folder = self.setup, self.config, self.folder
+
+        def make() -> Start:
+            return make_start(config.start, setup.plan, read_scores(folder.scores), setup.base.tensor)
+
+        # Where the ranks read the base together all of them make it, and the first one's counts.
+        start = setup.group.gather(make())[0] if setup.base.collective else first_alone(setup.group, make)
+        rebuilt = together(setup.group, lambda: read_rebuilt(folder.rebuilt)) if config.rebuilds else {}
+        return replace(start, rebuilt={**start.rebuilt, **rebuilt})
 
     @property
     def held_out(self) -> HeldOut:
@@ -206,7 +223,7 @@ class _Run:
         self._add_evaluation("base", asdict(result))
         console.say(f"base: held-out loss {result.loss:.4f}")
 
-    def train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> None:
+    def train(self, start: Start, checkpoint: Path | None, manifest: Manifest | None) -> None:
         config = self.config
         if manifest and manifest.step >= config.max_steps:
             console.say(f"training is complete at step {manifest.step}")
@@ -218,17 +235,18 @@ class _Run:
                 allocator_snapshot(self.folder.memory_snapshot if config.memory_snapshot else None),
             ):
                 # Held until the phase has been measured: the ledger strikes it out before its memory is given back.
-                training = self._train(kept, checkpoint, manifest)
+                training = self._train(start, checkpoint, manifest)
             del training
         finally:
             self.folder.clear_records(self.setup.group.topology.rank)
         release_freed()
 
-    def _train(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> Training:
+    def _train(self, start: Start, checkpoint: Path | None, manifest: Manifest | None) -> Training:
         config, group = self.config, self.setup.group
         torch.manual_seed(config.seed)
         with ledger.during("start"):
-            training = self._build(kept, checkpoint, manifest)
+            training = self._build(start, checkpoint, manifest)
+            first_alone(group, lambda: self.folder.rebuilt.unlink(missing_ok=True))
             settle(training.optimizer.engine.device)
         if not checkpoint and "start" not in self.evaluation():
             self._evaluate_start(training)
@@ -238,13 +256,13 @@ class _Run:
         training.optimizer.engine.stop()
         return training
 
-    def _build(self, kept: KeptIndices, checkpoint: Path | None, manifest: Manifest | None) -> Training:
+    def _build(self, start: Start, checkpoint: Path | None, manifest: Manifest | None) -> Training:
         """Model and optimizer at their start, or where the checkpoint left them."""
         config, setup, group = self.config, self.setup, self.setup.group
         expected_codes = manifest.coded_fingerprints if manifest else None
 
         def build() -> tuple[NextTokenLoss, ProjectedAdamW]:
-            return build_training_parts(setup, config, kept, self.folder, expected_codes)
+            return build_training_parts(setup, config, start, self.folder, expected_codes)
 
         if config.base_precision == "int8" and group.topology.world_size > 1:
             # The first rank codes the base for all hosts.

@@ -19,12 +19,11 @@ from pcscale.config.schema import RunConfig
 from pcscale.distributed.settings import read_engine_settings, without_replicated_bf16
 from pcscale.families.plan import Plan
 from pcscale.families.widths import make_plan
-from pcscale.importance.select import KeptIndices
+from pcscale.memory.components import record_format
 from pcscale.projection.engine import Engine
-from pcscale.projection.layout import RecordFormat
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.folder import RunFolder
 
@@ -86,7 +85,7 @@ def _open_base(source: BaseFolder, expected: dict[str, str] | None, config: RunC
 
 
 def build_training_parts(
-    setup: Setup, config: RunConfig, kept: KeptIndices, folder: RunFolder, expected_codes: dict[str, str] | None = None
+    setup: Setup, config: RunConfig, start: Start, folder: RunFolder, expected_codes: dict[str, str] | None = None
 ) -> tuple[NextTokenLoss, ProjectedAdamW]:
     """The compressed model at its start, with its loss, and the optimizer over it.
 
@@ -96,13 +95,13 @@ def build_training_parts(
     Raises:
         BudgetError, RunError: pinned_memory or the disk is too small.
     """
-    start = selection_start(setup.plan, kept, setup.base.tensor)
+    tensors = start_tensors(setup.plan, start, setup.base.tensor, setup.device)
     with_engine = config.deepspeed is not None
     # DeepSpeed accumulates gradients itself, and puts the model where its ZeRO stage says.
     gradient_dtype = None if with_engine else getattr(torch, config.gradient_dtype)
     device = torch.device("cpu") if with_engine else setup.device
-    model = build_compressed(setup.plan, start, device, setup.model_dtype, gradient_dtype)
-    del start
+    model = build_compressed(setup.plan, tensors, device, setup.model_dtype, gradient_dtype)
+    del tensors
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -111,14 +110,14 @@ def build_training_parts(
         model,
         setup.plan,
         _frozen_base(setup, config, folder, expected_codes),
-        kept,
+        start,
         lr=config.learning_rate,
         aux_lr=config.aux_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         project=config.method == "projected",
-        form=RecordFormat(config.record_dtype, config.moments, config.rank),
+        form=record_format(config),
         residency=residency_of(config, folder, setup.group.topology.rank),
         gradient_home=config.gradient_home,
         seed=config.seed,

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from pcscale.base.forward import LayerMajorModel
 from pcscale.calibration import collect
-from pcscale.calibration.collect import SECOND_MOMENT, activation_scores, collect_scores, read_scores, write_scores
+from pcscale.calibration.collect import activation_scores, collect_scores, read_scores, write_scores
 from pcscale.common.errors import RequestError
 from pcscale.importance.score import Scores, magnitude_scores, random_scores
+from pcscale.importance.statistics import SECOND_MOMENT
 from tests.projection.parts import ALL_CASES, CPU, Compression, TinyBase, case_folder, token_batches
 
 SUM_TOLERANCE = 1e-5
@@ -26,46 +27,57 @@ def compression(tiny_base: TinyBase) -> Compression:
     return Compression.of(tiny_base("llama", False))
 
 
-def scores_of(compression: Compression, batches: list[torch.Tensor] = BATCHES) -> Scores:
-    return activation_scores(compression.plan, compression.base, batches, CPU, torch.float32)
+def scores_of(
+    compression: Compression, batches: list[torch.Tensor] = BATCHES, importance: str = "activation"
+) -> Scores:
+    return activation_scores(compression.plan, compression.base, importance, batches, CPU, torch.float32)
 
 
-def stock_scores(folder: Path) -> Scores:
+def stock_scores(folder: Path, importance: str) -> Scores:
     """The same sums in float64, from hooks on the whole model, every norm and matrix named by hand."""
+    power = {"activation": 1, "energy": 2}[importance]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     scores: Scores = {"residual": torch.zeros(32, dtype=torch.float64)}
     moment_HH = torch.zeros(32, 32, dtype=torch.float64)
+    energies: Scores = {}
     norms = ["model.norm"]
     for layer in range(2):
         norms += [f"model.layers.{layer}.input_layernorm", f"model.layers.{layer}.post_attention_layernorm"]
 
-        def watch_down(_: object, inputs: Any, output: torch.Tensor, name: str = f"ffn.{layer}") -> None:
-            scores[name] = scores.get(name, 0) + inputs[0].double().abs().sum((0, 1))
+        def watch_down(module: Any, inputs: Any, output: torch.Tensor, name: str = f"ffn.{layer}") -> None:
+            weight = module.weight.double().square().sum(0) if importance == "energy" else 1
+            scores[name] = scores.get(name, 0) + inputs[0].double().abs().pow(power).sum((0, 1)) * weight
 
         model.get_submodule(f"model.layers.{layer}.mlp.down_proj").register_forward_hook(watch_down)
 
-    def watch_norm(_: object, inputs: Any, output: torch.Tensor) -> None:
-        scores["residual"] += output.double().abs().sum((0, 1))
-        for x_H in inputs[0].double().flatten(0, 1):
-            x_H = x_H / x_H.pow(2).mean().sqrt()
-            moment_HH.add_(torch.outer(x_H, x_H))
-
     for name in norms:
+        energies[f"energy.{name}.weight"] = torch.zeros(32, dtype=torch.float64)
+
+        def watch_norm(_: object, inputs: Any, output: torch.Tensor, energy: str = f"energy.{name}.weight") -> None:
+            scores["residual"] += output.double().abs().pow(power).sum((0, 1))
+            for x_H in inputs[0].double().flatten(0, 1):
+                x_H = x_H / x_H.pow(2).mean().sqrt()
+                moment_HH.add_(torch.outer(x_H, x_H))
+                energies[energy] += x_H.square()
+
         model.get_submodule(name).register_forward_hook(watch_norm)
     with torch.no_grad():
         for ids_BT in BATCHES:
             model(ids_BT, use_cache=False)
     tokens = sum(batch.numel() for batch in BATCHES)
-    return scores | {"second_moment.residual": moment_HH / (tokens * len(norms))}
+    means = {name: energy / tokens for name, energy in energies.items()}
+    return scores | means | {"second_moment.residual": moment_HH / (tokens * len(norms))}
 
 
+@pytest.mark.parametrize("importance", ["activation", "energy"])
 @pytest.mark.parametrize(("family", "tied", "biased"), ALL_CASES)
 def test_activation_sums_and_second_moments_are_those_of_hooks_on_the_stock_model(
-    family: str, tied: bool, biased: bool, tiny_base: TinyBase, tmp_path: Path
+    family: str, tied: bool, biased: bool, importance: str, tiny_base: TinyBase, tmp_path: Path
 ) -> None:
     compression = Compression.of(case_folder(family, tied, biased, tiny_base, tmp_path))
-    found, expected = scores_of(compression), stock_scores(compression.base.folder)
-    assert found.keys() == expected.keys() == {"residual", "ffn.0", "ffn.1", SECOND_MOMENT}
+    found = scores_of(compression, importance=importance)
+    expected = stock_scores(compression.base.folder, importance)
+    assert found.keys() == expected.keys() > {"residual", "ffn.0", "ffn.1", SECOND_MOMENT}
     for name, score in expected.items():
         assert found[name].dtype == torch.float32
         scale = score.abs().max().item()

@@ -117,7 +117,7 @@ def test_the_files_hold_what_the_optimizer_holds(run: TrainedRun) -> None:
     outer = load_file(run.checkpoint / "outer.safetensors")
     for name, trained in run.optimizer.direct.items():
         assert torch.equal(outer[f"direct.{name}"], trained.value)
-    for name, indices in run.optimizer.kept.items():
+    for name, indices in run.optimizer.fixed.items():
         assert torch.equal(outer[f"kept.{name}"], indices)
 
 
@@ -142,7 +142,7 @@ def test_saving_the_same_state_again_gives_the_same_bytes(run: TrainedRun, tmp_p
 
 def test_a_read_state_is_the_one_that_was_written(run: TrainedRun, tmp_path: Path) -> None:
     other = train_and_save(run.base_folder, tmp_path / "other", Manifest.read(run.checkpoint).method, seed=1)
-    assert any(not torch.equal(indices, run.optimizer.kept[name]) for name, indices in other.optimizer.kept.items())
+    assert any(not torch.equal(indices, run.optimizer.fixed[name]) for name, indices in other.optimizer.fixed.items())
     before = {name: weight.clone() for name, weight in other.weights.items()}
     read_state(other.optimizer, run.checkpoint, Manifest.read(run.checkpoint))
     for name, weight in run.weights.items():

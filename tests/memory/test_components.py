@@ -33,6 +33,7 @@ from pcscale.memory.place import Place, ZeroForm
 from pcscale.projection.layout import RecordFormat, overlap_bytes, record_bytes
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
+from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.entered import Entered
 from tests.memory.plans import (
@@ -112,7 +113,7 @@ def test_records_of_every_form_and_home_are_predicted_to_the_byte(
         model,
         compression.plan,
         base,
-        compression.kept,
+        Start(compression.kept),
         weight_decay=weight_decay,
         form=RecordFormat(config.record_dtype, config.moments, config.rank),
         residency=Residency(config.residency, tmp_path / "records"),

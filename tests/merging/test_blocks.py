@@ -68,7 +68,7 @@ def _coded(shape: tuple[int, int] = (O, I)) -> FrozenWeight:
 
 def _parts(projection: Projection) -> list[torch.Tensor]:
     sides = [side for side in (projection.out, projection.in_) if side is not None]
-    return [projection.aux, *(tensor for side in sides for tensor in (side.kept, *side.factors))]
+    return [projection.aux, *(tensor for side in sides for tensor in (side.start, *side.factors))]
 
 
 def _in_float64(W_OI: torch.Tensor, p: Projection) -> torch.Tensor:
@@ -77,9 +77,9 @@ def _in_float64(W_OI: torch.Tensor, p: Projection) -> torch.Tensor:
     p_out = torch.eye(O, dtype=torch.float64)
     p_in = torch.eye(I, dtype=torch.float64)
     if p.out is not None:
-        p_out = p_out[p.out.kept] + functools.reduce(torch.matmul, [part.double() for part in reversed(p.out.factors)])
+        p_out = p_out[p.out.start] + functools.reduce(torch.matmul, [part.double() for part in reversed(p.out.factors)])
     if p.in_ is not None:
-        p_in = p_in[:, p.in_.kept] + functools.reduce(torch.matmul, [part.double() for part in p.in_.factors])
+        p_in = p_in[:, p.in_.start] + functools.reduce(torch.matmul, [part.double() for part in p.in_.factors])
     return p_out @ W_OI.double() @ p_in + p.aux.double()
 
 
@@ -147,8 +147,8 @@ def test_without_a_change_the_kept_entries_come_out_to_the_last_bit(
     p.aux.zero_()
     W_OI, found_oi = _base(), torch.empty(p.aux.shape)
     compose_into(found_oi, FrozenWeight(W_OI), p)
-    rows = slice(None) if p.out is None else p.out.kept
-    columns = slice(None) if p.in_ is None else p.in_.kept
+    rows = slice(None) if p.out is None else p.out.start
+    columns = slice(None) if p.in_ is None else p.in_.start
     assert torch.equal(found_oi, W_OI[rows][:, columns])
 
 

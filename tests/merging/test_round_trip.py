@@ -197,7 +197,7 @@ def test_a_dtype_that_is_asked_for_is_every_tensors_and_the_configs(dtype: str, 
 def test_training_moved_every_weight_from_the_hard_pruned_start(case: Run, trained: Train) -> None:
     run = trained(*case)
     base = load_file(run.base_folder / "model.safetensors")
-    kept = run.optimizer.kept
+    kept = run.optimizer.fixed
     for planned in run.plan.weights:
         start = base[planned.name].float()
         for dim, axis in enumerate(planned.weight.axes):

@@ -25,7 +25,7 @@ from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.merging.merge import MergeResult, merge
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.state import save_state
 
@@ -99,14 +99,14 @@ def train_and_save(
     base = open_base(base_folder)({})
     plan = plan_widths(base.family, base.config, HIDDEN, FFN)
     kept = select(plan, random_scores(plan, seed))
-    model = build_compressed(plan, selection_start(plan, kept, base.tensor), torch.device("cpu"), torch.float32)
+    model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
     frozen = base
     if int8:
         cache = checkpoint.parents[1] / CACHE_NAME
         cache.parent.mkdir(parents=True, exist_ok=True)
         frozen = Int8Base(base, cache)
     settings = {"lr": _RATE, "project": method == "projected", "form": form, **settings}
-    optimizer = ProjectedAdamW(model, plan, frozen, kept, **settings)
+    optimizer = ProjectedAdamW(model, plan, frozen, Start(kept), **settings)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         ids_BT = torch.randint(plan.config["vocab_size"], (2, 12), generator=generator)

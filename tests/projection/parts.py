@@ -15,7 +15,7 @@ from pcscale.base.resolve import BaseFolder
 from pcscale.compressed.model import build_compressed
 from pcscale.families.plan import Plan
 from pcscale.families.widths import plan_widths
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.family_checks import NARROW
 from tests.reference import Kept, Rates, Weights
@@ -79,7 +79,7 @@ class Compression:
 
     def model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The compressed model at its start."""
-        return build_compressed(self.plan, selection_start(self.plan, self.kept, self.base.tensor), CPU, dtype)
+        return build_compressed(self.plan, start_tensors(self.plan, Start(self.kept), self.base.tensor), CPU, dtype)
 
     def optimizer(
         self, model: torch.nn.Module, rates: Rates | None = None, project: bool = True, **changes: Any
@@ -93,7 +93,7 @@ class Compression:
             "weight_decay": rates.weight_decay,
         }
         base = changes.pop("base", self.base)
-        return ProjectedAdamW(model, self.plan, base, self.kept, project=project, **{**settings, **changes})
+        return ProjectedAdamW(model, self.plan, base, Start(self.kept), project=project, **{**settings, **changes})
 
 
 def case_folder(family: str, tied: bool, biased: bool, tiny_base: TinyBase, tmp_path: Path) -> Path:

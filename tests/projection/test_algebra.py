@@ -61,14 +61,14 @@ def with_values(projection: Projection, values: list[torch.Tensor]) -> Projectio
     """The same projection with other trainable values."""
     remaining = iter(values)
     sides = [
-        None if side is None else Side(side.kept, tuple(next(remaining) for _ in side.factors))
+        None if side is None else Side(side.start, tuple(next(remaining) for _ in side.factors))
         for side in (projection.out, projection.in_)
     ]
     return Projection(sides[0], sides[1], next(remaining))
 
 
 def operands(W_OI: torch.Tensor, projection: Projection, G_oi: torch.Tensor) -> list[torch.Tensor]:
-    kept = [side.kept for side in (projection.out, projection.in_) if side]
+    kept = [side.start for side in (projection.out, projection.in_) if side]
     return [W_OI, G_oi, *kept, *values_of(projection)]
 
 
@@ -78,9 +78,9 @@ def dense(W_OI: torch.Tensor, projection: Projection) -> torch.Tensor:
     p_oO, p_Ii = torch.eye(O, dtype=W_OI.dtype), torch.eye(I, dtype=W_OI.dtype)
     if projection.out is not None:
         # On the out side U is [r, O] and V [o, r]: D = V U.
-        p_oO = p_oO[projection.out.kept] + functools.reduce(torch.matmul, reversed(projection.out.factors))
+        p_oO = p_oO[projection.out.start] + functools.reduce(torch.matmul, reversed(projection.out.factors))
     if projection.in_ is not None:
-        p_Ii = p_Ii[:, projection.in_.kept] + functools.reduce(torch.matmul, projection.in_.factors)
+        p_Ii = p_Ii[:, projection.in_.start] + functools.reduce(torch.matmul, projection.in_.factors)
     return p_oO @ W_OI @ p_Ii + projection.aux
 
 
@@ -190,10 +190,10 @@ def test_a_zero_delta_composes_to_the_kept_entries_to_the_last_bit(
     kept_oi = W_OI
     if projection.out is not None:
         projection.out.factors[-1].zero_()  # Of a low rank V alone: U is never zero.
-        kept_oi = kept_oi[projection.out.kept]
+        kept_oi = kept_oi[projection.out.start]
     if projection.in_ is not None:
         projection.in_.factors[-1].zero_()
-        kept_oi = kept_oi[:, projection.in_.kept]
+        kept_oi = kept_oi[:, projection.in_.start]
     assert torch.equal(compose(W_OI, projection, out_first), kept_oi + projection.aux)
 
 

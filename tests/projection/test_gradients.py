@@ -12,7 +12,7 @@ from pcscale.common.ledger import DIRECT, GRADIENTS, MOMENTS, RECORDS, WEIGHTS
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.projection.gradients import Accumulated
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.step import training_step
 from tests.entered import Entered
@@ -41,7 +41,7 @@ def compression(tiny_base: TinyBase) -> Compression:
 def optimizer_over(
     compression: Compression, home: str, dtype: torch.dtype, gradient_dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, ProjectedAdamW]:
-    start = selection_start(compression.plan, compression.kept, compression.base.tensor)
+    start = start_tensors(compression.plan, Start(compression.kept), compression.base.tensor)
     model = build_compressed(compression.plan, start, CPU, dtype, gradient_dtype)
     return model, compression.optimizer(model, gradient_home=home)
 

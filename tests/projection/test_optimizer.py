@@ -248,6 +248,6 @@ def test_a_model_of_other_names_is_refused(compression: Compression) -> None:
 
 def test_the_kept_indices_of_the_caller_stay_the_caller_s(compression: Compression) -> None:
     optimizer = compression.optimizer(compression.model())
-    for name, indices in optimizer.kept.items():
+    for name, indices in optimizer.fixed.items():
         assert torch.equal(indices, compression.kept[name])
         assert indices.data_ptr() != compression.kept[name].data_ptr()

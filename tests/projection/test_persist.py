@@ -11,7 +11,8 @@ from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.errors import RequestError
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
-from pcscale.projection.persist import read_kept, read_state, write_outer, write_records
+from pcscale.projection.persist import read_fixed, read_state, write_outer, write_records
+from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.storage.hashing import fingerprint_file
 from tests.projection.parts import Compression, TinyBase, copies, random_kept, token_batches
@@ -137,7 +138,7 @@ def test_every_matrix_has_its_file_in_the_safetensors_format(
 
 def test_kept_indices_are_read_alone(compression: Compression, tmp_path: Path) -> None:
     _, optimizer = trained(compression)
-    kept = read_kept(tmp_path, write(compression, optimizer, tmp_path))
+    kept = read_fixed(tmp_path, write(compression, optimizer, tmp_path))
     assert kept.keys() == compression.kept.keys()
     for name, indices in kept.items():
         assert indices.dtype == torch.int64
@@ -150,12 +151,12 @@ def test_a_checkpoint_brings_its_own_kept_indices(compression: Compression, tmp_
     others = random_kept(compression.plan, seed=2)
     handed = {name: indices.clone() for name, indices in others.items()}
     fresh_model = compression.model()
-    fresh = ProjectedAdamW(fresh_model, compression.plan, compression.base, handed)
+    fresh = ProjectedAdamW(fresh_model, compression.plan, compression.base, Start(handed))
     read_state(fresh, tmp_path, manifest)
     expected = copies(model)
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh_model.named_parameters())
     assert all(torch.equal(handed[name], others[name]) for name in others)
-    assert all(torch.equal(fresh.kept[name], compression.kept[name]) for name in others)
+    assert all(torch.equal(fresh.fixed[name], compression.kept[name]) for name in others)
 
 
 @pytest.mark.parametrize("name", [record_file(UP), OUTER_NAME])

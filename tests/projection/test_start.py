@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from tests.projection.parts import ALL_CASES, Compression, TinyBase, case_folder, copies, token_batches
 from tests.reference import hard_pruned, stock
 from tests.tiny import build_base
@@ -44,7 +44,7 @@ def test_a_side_that_keeps_its_size_is_left_whole(widths: dict[str, int], tiny_b
 
 def test_the_start_of_a_bfloat16_base_is_composed_to_its_very_values(tmp_path: Path) -> None:
     compression = Compression.of(build_base(tmp_path, dtype=torch.bfloat16))
-    start = selection_start(compression.plan, compression.kept, compression.base.tensor)
+    start = start_tensors(compression.plan, Start(compression.kept), compression.base.tensor)
     expected = hard_pruned(compression.weights, compression.kept)
     assert {tensor.dtype for tensor in start.values()} == {torch.bfloat16}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in start.items())

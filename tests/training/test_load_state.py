@@ -12,7 +12,7 @@ from pcscale.compressed.model import build_compressed
 from pcscale.families.widths import plan_widths
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.state import load_state, save_state
 from tests.tiny import build_base
@@ -22,8 +22,8 @@ def _parts(folder: Path, seed: int = 0, hidden_size: int = 16) -> tuple[Projecte
     base = MappedBase(resolve_base(str(folder)))
     plan = plan_widths(base.family, base.config, hidden_size, 24)
     kept = select(plan, random_scores(plan, seed))
-    model = build_compressed(plan, selection_start(plan, kept, base.tensor), torch.device("cpu"), torch.float32)
-    return ProjectedAdamW(model, plan, base, kept, lr=1e-2), base, model
+    model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
+    return ProjectedAdamW(model, plan, base, Start(kept), lr=1e-2), base, model
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pcscale.compressed.model import build_compressed
 from pcscale.families.widths import plan_keep
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
-from pcscale.projection.starts import selection_start
+from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.trainer import ProjectionCallback
 from tests.training.runs import World, leftovers
@@ -27,8 +27,8 @@ def _build(base_folder: Path, output: Path, max_steps: int, **changes: Any) -> t
     base = MappedBase(resolve_base(str(base_folder)))
     plan = plan_keep(base.family, base.config, 0.5)
     kept = select(plan, random_scores(plan, seed=0))
-    model = build_compressed(plan, selection_start(plan, kept, base.tensor), torch.device("cpu"), torch.float32)
-    optimizer = ProjectedAdamW(model, plan, base, kept, lr=1e-3, aux_lr=1e-2, weight_decay=0.1)
+    model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
+    optimizer = ProjectedAdamW(model, plan, base, Start(kept), lr=1e-3, aux_lr=1e-2, weight_decay=0.1)
     ids_NT = torch.randint(300, (64, 1), generator=torch.Generator().manual_seed(0)).expand(64, 12)
     settings: dict[str, Any] = {
         "max_steps": max_steps,

@@ -1,0 +1,38 @@
+"""What calibration leaves beside scores, by name, for starts that need more than kept indices.
+
+Legend: H residual size; C channels of one axis; d dropped ones of it.
+"""
+
+import torch
+
+SECOND_MOMENT = "second_moment.residual"
+"""`[H, H]` float32: the mean of x xᵀ over tokens and norms, x a norm's input over its root mean square."""
+
+
+def energy_name(norm: str) -> str:
+    """`[H]` float32: the mean square of each channel of this norm's input over its root mean square."""
+    return f"energy.{norm}"
+
+
+def rebuild(moment_CC: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+    """What kept channels say of the dropped ones, by least squares: `C[d, kept] (C[kept, kept] + λ)⁻¹`.
+
+    Args:
+        moment_CC: second moments of all channels.
+        kept: int64 indices.
+        ridge: λ as a share of the mean of the diagonal.
+
+    Returns:
+        `[d, kept]` float32 on the moments' device.
+    """
+    dropped = dropped_of(kept, len(moment_CC))
+    within = moment_CC[kept][:, kept].double()
+    within.diagonal().add_(ridge * moment_CC.diagonal().mean())
+    return torch.linalg.solve(within, moment_CC[kept][:, dropped].double()).T.float().contiguous()
+
+
+def dropped_of(kept: torch.Tensor, size: int) -> torch.Tensor:
+    """The indices that are not kept, in ascending order."""
+    dropped = torch.ones(size, dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
+    return dropped.nonzero()[:, 0]
