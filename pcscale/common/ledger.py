@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 LIBRARIES = "libraries"
 FROZEN_BASE = "frozen base"
+ROTATION = "rotation"
 RECORDS = "records"
 MOMENTS = "moments"
 RECORD_BUFFERS = "record buffers"
@@ -26,6 +27,7 @@ COMPONENTS = (
     LIBRARIES,
     CONTEXT,
     FROZEN_BASE,
+    ROTATION,
     RECORDS,
     MOMENTS,
     RECORD_BUFFERS,

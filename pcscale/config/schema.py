@@ -233,6 +233,11 @@ class RunConfig(BaseModel):
         return self.projection_rank if isinstance(self.projection_rank, int) else None
 
     @property
+    def product_rank(self) -> int | None:
+        """The rank that products go through; None: a dense S is added to D, and multiplies whole."""
+        return None if self.rotates else self.rank
+
+    @property
     def rotates(self) -> bool:
         return self.start in ROTATING_STARTS
 

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pcscale.common import ledger
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import RunConfig
-from pcscale.families.axes import RESIDUAL, VOCAB
+from pcscale.families.axes import FFN, RESIDUAL, VOCAB
 from pcscale.families.costs import visit_flops
 from pcscale.families.plan import Plan, Shapes
 from pcscale.memory import working
-from pcscale.memory.place import FLOAT_BYTES, Part, Parts, Place
+from pcscale.memory.place import FLOAT_BYTES, GATHERED, Part, Parts, Place
 from pcscale.projection.layout import AHEAD, RecordFormat, overlap_bytes, record_layout
 from pcscale.projection.owners import rounds
 
@@ -33,8 +33,9 @@ CUDA_CONTEXT_BYTES = 640 * MIB
 ALLOCATOR_BYTES = {"calibrate": 64 * MIB, "evaluate": 32 * MIB, "sweep": 56 * MIB}
 """What the C library's allocator keeps of freed tensors within a moment. It keeps none above 32 MiB, so this does not
 grow with the model; measured with `python -m benchmarks memory-plan`."""
-PIECES_SHARE = 0.4
-"""The same of holes between the activations of all layers, as a share of these."""
+PIECES_SHARE, SMALL_PIECES_SHARE = 0.4, 0.68
+"""The same of holes between the activations of all layers, as a share of these; and where records of 4 bytes a value
+lie among them on the same host."""
 CHECKPOINTED_PIECES_BYTES = 90 * MIB
 """The same between those of one layer."""
 BIRTH_BYTES = 192 * MIB
@@ -58,10 +59,13 @@ WORKING_PARTS = (
     LAYER,
     SECOND_MOMENTS,
     BUFFERS,
+    GATHERED,
     SCATTERED,
     ALLOCATOR,
 )
 """What is measured together, as working memory."""
+_PASSING = (ledger.GRADIENTS, GATHERED)
+"""Not there in a whole step."""
 _RECORD_HOMES = {"device": "device", "cpu": "pinned", "disk": "disk"}
 _BASE_HOMES = {"device": "device", "cpu": "pinned", "zero": "host", "disk": "disk"}
 
@@ -84,7 +88,7 @@ def train_moments(plan: Plan, config: RunConfig, place: Place) -> dict[str, Part
     ends = {ACTIVATIONS: Part("device", working.layer_activation_bytes(plan, config)), HEAD_GRADIENT: head}
     one_layer = Part("device", working.one_layer_bytes(plan.sizes, config, value))
     moments = {
-        "start": _larger(_being_built(plan, config, place, held), held | _lost(plan, config), place),
+        "start": _larger(_being_built(plan, config, place, held), held | _beginning(plan, config), place),
         "evaluate": before | {ACTIVATIONS: one_layer, LOGITS: _logits(plan, config, 2)},
         "forward": before | {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 2)},
         "backward": _larger(before | begins, full | ends, place) | _scattered(plan, place),
@@ -99,10 +103,17 @@ def train_moments(plan: Plan, config: RunConfig, place: Place) -> dict[str, Part
 
 def calibrate_parts(plan: Plan, config: RunConfig, place: Place) -> Parts:
     """What the layer-major pass over the base holds; scores by magnitude or at random need less."""
-    moment = Part("device", plan.base_sizes[RESIDUAL] ** 2 * FLOAT_BYTES)
+    moment = Part("device", max(plan.base_sizes[RESIDUAL] ** 2 * FLOAT_BYTES, _solved_bytes(plan, config)))
     return _settled(
         _base_pass(plan, config, place, "calibrate") | {SECOND_MOMENTS: moment}, place, ALLOCATOR_BYTES["calibrate"]
     )
+
+
+def _solved_bytes(plan: Plan, config: RunConfig) -> int:
+    """The second moments of one ffn, and its least squares in float64."""
+    base, kept = plan.base_sizes[FFN], plan.sizes[FFN]
+    of_moments = FLOAT_BYTES * (base * base + kept * base)
+    return (of_moments + 2 * FLOAT_BYTES * (2 * kept * kept + 2 * working.rebuilt_values(plan))) * config.rebuilds
 
 
 def evaluate_parts(plan: Plan, config: RunConfig, place: Place) -> Parts:
@@ -184,13 +195,16 @@ def _held(plan: Plan, config: RunConfig, place: Place) -> Parts:
     """What stays from the start of training to its end."""
     weights = {ledger.WEIGHTS: Part("device", plan.parameters * working.weight_bytes(config))}
     if place.zero is not None:
-        weights = _under_zero(plan, config, place)
-        weights.pop(ledger.GRADIENTS, None)
+        weights = {name: part for name, part in _under_zero(plan, config, place).items() if name not in _PASSING}
     matrices = sum(math.prod(planned.shape) * count for planned, count in plan.alike)
     direct = plan.parameters - (matrices if config.method == "projected" else 0)
     # Moments, and a float32 value where the model has none whole.
     copies = 3 if config.bf16 or (place.zero is not None and place.zero.stage == 3) else 2
     held = _libraries("train", config, place) | weights
+    if place.zero is not None and place.zero.stage == 3 and place.ranks > 1 and not place.on_gpu:
+        # One more copy of this rank's part, which no attribute of DeepSpeed's leads to: nobody enters it.
+        unseen = FLOAT_BYTES * -(-plan.parameters // place.ranks)
+        held[ledger.LIBRARIES] = Part("host", held[ledger.LIBRARIES].num_bytes + unseen)
     held[ledger.DIRECT] = Part("device", direct * copies * FLOAT_BYTES)
     if config.method != "projected":
         return held
@@ -202,20 +216,25 @@ def _held(plan: Plan, config: RunConfig, place: Place) -> Parts:
     # Without a copy to a device one set of buffers does for both.
     buffers = staging if config.residency == "disk" and not place.on_gpu else overlap
     record_home = _RECORD_HOMES[config.residency]
-    return held | {
-        ledger.FROZEN_BASE: Part(_BASE_HOMES[config.base_home], owned.base),
-        ledger.RECORDS: Part(record_home, owned.records - owned.moments),
-        ledger.MOMENTS: Part(record_home, owned.moments),
-        ledger.RECORD_BUFFERS: Part("device", buffers),
-        ledger.PINNED_BUFFERS: Part("pinned", staging),
-    }
+    rotation = {ledger.ROTATION: Part("device", working.basis_bytes(plan))} if config.rotates else {}
+    return (
+        held
+        | rotation
+        | {
+            ledger.FROZEN_BASE: Part(_BASE_HOMES[config.base_home], owned.base),
+            ledger.RECORDS: Part(record_home, owned.records - owned.moments),
+            ledger.MOMENTS: Part(record_home, owned.moments),
+            ledger.RECORD_BUFFERS: Part("device", buffers),
+            ledger.PINNED_BUFFERS: Part("pinned", staging),
+        }
+    )
 
 
 def _gradients(plan: Plan, config: RunConfig, place: Place) -> Parts:
     """What is there besides, from a step's first backward pass to the end of its sweep."""
     if place.zero is not None:
         parts = _under_zero(plan, config, place)
-        return {name: part for name, part in parts.items() if name == ledger.GRADIENTS}
+        return {name: part for name, part in parts.items() if name in _PASSING}
     value = 2 if config.gradient_dtype == "bfloat16" else FLOAT_BYTES
     return {ledger.GRADIENTS: Part("pinned" if config.gradient_home == "cpu" else "device", plan.parameters * value)}
 
@@ -223,7 +242,8 @@ def _gradients(plan: Plan, config: RunConfig, place: Place) -> Parts:
 def _under_zero(plan: Plan, config: RunConfig, place: Place) -> Parts:
     assert place.zero is not None
     accumulates = config.gradient_accumulation_steps > 1
-    return place.zero.parts(plan.parameters, working.weight_bytes(config), place.ranks, accumulates)
+    largest = max(math.prod(planned.shape) for planned in plan.weights)
+    return place.zero.parts(plan.parameters, working.weight_bytes(config), place.ranks, accumulates, largest)
 
 
 def _scattered(plan: Plan, place: Place) -> Parts:
@@ -236,7 +256,8 @@ def _scattered(plan: Plan, place: Place) -> Parts:
 def _being_built(plan: Plan, config: RunConfig, place: Place, held: Parts) -> Parts:
     """The start's tensors beside the model that copies them, before there are records."""
     built = {name: held[name] for name in (ledger.LIBRARIES, ledger.CONTEXT)}
-    start = plan.parameters * working.stored_bytes(plan.base_config)
+    exact = config.rotates or config.rebuilds
+    start = plan.parameters * (FLOAT_BYTES if exact else working.stored_bytes(plan.base_config))
     weights = plan.parameters * working.weight_bytes(config)
     if place.zero is not None:
         # Until DeepSpeed takes the model apart, every rank has all of it in host memory.
@@ -244,11 +265,13 @@ def _being_built(plan: Plan, config: RunConfig, place: Place, held: Parts) -> Pa
     return built | {START: Part("host", start), ledger.WEIGHTS: Part("device", weights)}
 
 
-def _lost(plan: Plan, config: RunConfig) -> Parts:
-    """What an 8-bit base loses of the largest matrix, and its copy on the way into a record."""
-    if config.base_precision != "int8" or config.method != "projected":
+def _beginning(plan: Plan, config: RunConfig) -> Parts:
+    """What aux begins with of the largest matrix, its copy on the way into a record, and what rebuilds it."""
+    if config.method != "projected" or not (config.base_precision == "int8" or config.rebuilds):
         return {}
-    return {START: Part("host", 2 * FLOAT_BYTES * max(math.prod(planned.shape) for planned, _ in plan.alike))}
+    largest = max(math.prod(planned.shape) for planned, _ in plan.alike)
+    rebuilt = working.rebuilt_values(plan) if config.rebuilds else 0
+    return {START: Part("host", FLOAT_BYTES * (2 * largest + rebuilt))}
 
 
 def _visit(plan: Plan, config: RunConfig, place: Place) -> Parts:
@@ -267,7 +290,8 @@ def _visit(plan: Plan, config: RunConfig, place: Place) -> Parts:
             "device", 0 if config.base_home == "device" else owned_sizes(plan, config, place.ranks).under_way
         ),
         IN_FLIGHT: Part("device", flight),
-        TEMPORARIES: Part("device", visits),
+        # A dense S is scaled for a norm, and added to D.
+        TEMPORARIES: Part("device", visits + 2 * working.basis_bytes(plan) * config.rotates),
     }
 
 
@@ -301,8 +325,9 @@ def _libraries(phase: str, config: RunConfig, place: Place) -> Parts:
 def _kept_by_allocator(moment: str, config: RunConfig, activation_bytes: int) -> int:
     alone = config.gradient_accumulation_steps == 1
     if moment in ("forward", "backward"):
-        checkpointed = config.gradient_checkpointing
-        pieces = CHECKPOINTED_PIECES_BYTES if checkpointed else int(PIECES_SHARE * activation_bytes)
+        among_small = config.residency == "device" and config.record_dtype == "bfloat16"
+        share = SMALL_PIECES_SHARE if among_small else PIECES_SHARE
+        pieces = CHECKPOINTED_PIECES_BYTES if config.gradient_checkpointing else int(share * activation_bytes)
         return min(pieces, BIRTH_BYTES) if alone else pieces
     return ALLOCATOR_BYTES.get(moment, 0) + BIRTH_BYTES * (alone and moment == "sweep")
 

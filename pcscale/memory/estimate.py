@@ -71,10 +71,12 @@ def disk_parts(plan: Plan, config: RunConfig) -> dict[str, dict[str, int]]:
     in_files = config.residency == "disk" and config.method == "projected"
     coded = {"8-bit base": _kept_base_bytes(plan, config) * (config.base_precision == "int8")}
     one = checkpoint_bytes(plan, config)
+    rebuilt = 2 * plan.num_layers * working.rebuilt_values(plan) * config.rebuilds
     return {
-        "calibrate": {},
+        "calibrate": {"rebuilt channels": rebuilt},
         TRAIN: {
             **coded,
+            "rebuilt channels": rebuilt,
             "records and moments": sum(size * count for size, count in sizes.items()) * in_files,
             "spare files": sum(sizes) * in_files,
             "checkpoints": one * (config.keep_checkpoints + 1),
@@ -98,7 +100,7 @@ def checkpoint_bytes(plan: Plan, config: RunConfig) -> int:
         return 3 * plan.parameters * FLOAT_BYTES
     matrices = sum(math.prod(planned.shape) * count for planned, count in plan.alike)
     records = sum(record_bytes(planned, record_format(config)) * count for planned, count in plan.alike)
-    return records + 3 * (plan.parameters - matrices) * FLOAT_BYTES
+    return records + 3 * (plan.parameters - matrices) * FLOAT_BYTES + working.basis_bytes(plan) * config.rotates
 
 
 def moved_bytes(plan: Plan, config: RunConfig) -> dict[str, int]:
@@ -195,8 +197,8 @@ def plan_document(
             "bytes": checkpoint_bytes(plan, config),
         },
         "flops": {
-            "compose_per_step": sum(compose_flops(*pair, config.rank) * count for pair, count in shapes),
-            "pull_back_per_step": sum(pull_back_flops(*pair, config.rank) * count for pair, count in shapes),
+            "compose_per_step": sum(compose_flops(*pair, config.product_rank) * count for pair, count in shapes),
+            "pull_back_per_step": sum(pull_back_flops(*pair, config.product_rank) * count for pair, count in shapes),
             "train_per_token": plan.train_flops_per_token(config.sequence_length),
         },
         "moved": moved_bytes(plan, config),

@@ -8,6 +8,8 @@ from typing import Any
 from pcscale.common.ledger import ENGINE, GRADIENTS, WEIGHTS
 
 FLOAT_BYTES = 4
+GATHERED = "gathered weights and gradients"
+"""What stage 3 puts together for as long as it is needed."""
 _DEFAULT_BUCKET_VALUES = 500_000_000
 _DEFAULT_LIVE_VALUES = 1_000_000_000
 
@@ -64,18 +66,20 @@ class ZeroForm:
         """The flat copy of a bucket of gradients that stage 3 makes to scatter them to their ranks."""
         return min(self.bucket_values, parameters) * FLOAT_BYTES if self.stage == 3 and ranks > 1 else 0
 
-    def parts(self, parameters: int, weight_bytes: int, ranks: int, accumulates: bool) -> Parts:
+    def parts(self, parameters: int, weight_bytes: int, ranks: int, accumulates: bool, largest: int = 0) -> Parts:
         """What one rank holds of the compressed model while it trains (deepspeed_configs/README.md has the table).
 
         Args:
             parameters: of the compressed model.
             weight_bytes: 2 or 4.
             accumulates: whether a step has several micro batches.
+            largest: parameters of the largest weight, which stages 1 and 3 keep once more with several ranks.
 
-        Source: DeepSpeed 0.19.8, counted with one rank on a processor.
+        Source: DeepSpeed 0.19.8, counted with one rank and with two on processors.
         """
         n, part, half = parameters, -(-parameters // ranks), weight_bytes == 2
         bucket = min(self.bucket_values, n) * FLOAT_BYTES
+        again = FLOAT_BYTES * largest * (ranks > 1)
         if self.stage == 0:
             return {
                 WEIGHTS: Part("device", n * weight_bytes),
@@ -88,7 +92,7 @@ class ZeroForm:
             return {
                 WEIGHTS: Part("device", n * weight_bytes),
                 GRADIENTS: Part("device", n * weight_bytes),
-                ENGINE: Part(homes[self.master_on], copies + bucket),
+                ENGINE: Part(homes[self.master_on], copies + bucket + again),
             }
         if self.stage == 2 and self.master_on == "device":
             return {WEIGHTS: Part("device", n * weight_bytes), ENGINE: Part("device", 2 * FLOAT_BYTES * part + bucket)}
@@ -105,12 +109,12 @@ class ZeroForm:
         reduced = bucket + self.scattered_bytes(n, ranks)
         if self.master_on == "nvme":
             # Gradients stay in host memory.
-            return {WEIGHTS: weights, GRADIENTS: Part("device", gathered + reduced), ENGINE: Part("pinned", 4 * part)}
+            return {WEIGHTS: weights, GATHERED: Part("device", gathered + reduced), ENGINE: Part("pinned", 4 * part)}
         doubled = self.master_on != "device"
         return {
             WEIGHTS: weights,
-            GRADIENTS: Part("device", gathered + reduced),
-            ENGINE: Part(homes[self.master_on], (2 + doubled) * FLOAT_BYTES * part),
+            GATHERED: Part("device", gathered + reduced),
+            ENGINE: Part(homes[self.master_on], (2 + doubled) * FLOAT_BYTES * part + again),
         }
 
 

@@ -127,7 +127,8 @@ class _Machine:
         if not projected:
             return seconds * self.shared_by, self._gradients_moved()
         form = record_format(self.config)
-        costs = tuple((_flops(planned.base_shape, planned.shape, form.rank), count) for planned, count in groups)
+        rank = self.config.product_rank
+        costs = tuple((_flops(planned.base_shape, planned.shape, rank), count) for planned, count in groups)
         turns = _turns(costs, self.world_size)
         seconds += _over(turns, [self._visit(planned, form) for planned, _ in groups])
         seconds *= self.shared_by
@@ -144,7 +145,7 @@ class _Machine:
         config, hardware = self.config, self.hardware
         dtype: Dtype = self.weight_dtype if hardware.on_gpu else "float32"
         values, factors = _values(planned, form.rank)
-        seconds = _flops(planned.base_shape, planned.shape, form.rank) / hardware.product_rates[dtype]
+        seconds = _flops(planned.base_shape, planned.shape, config.product_rank) / hardware.product_rates[dtype]
         seconds += values * hardware.update_seconds[f"{form.dtype}/{form.moments}"]
         base_values = math.prod(planned.base_shape)
         # Pulling back and composing each convert base and factors.

@@ -143,9 +143,15 @@ def merge_need_bytes(plan: Plan, rank: int | None = None, rotates: bool = False)
 
 
 def basis_bytes(plan: Plan) -> int:
-    """The dense S of a rotated residual stream; 0 where its width stays."""
+    """The dense S of a rotated residual stream, and a scale for each norm that is read; 0 where its width stays."""
     base, compressed = plan.base_sizes[RESIDUAL], plan.sizes[RESIDUAL]
-    return FLOAT_BYTES * base * compressed * (base != compressed)
+    norms = {planned.weight.reads for planned in plan.weights} - {None}
+    return FLOAT_BYTES * base * (compressed + len(norms)) * (base != compressed)
+
+
+def rebuilt_values(plan: Plan) -> int:
+    """What kept ffn channels of one layer say of the dropped ones."""
+    return plan.sizes[FFN] * (plan.base_sizes[FFN] - plan.sizes[FFN])
 
 
 def _merge_buffers(planned: PlannedWeight, rank: int | None) -> tuple[int, int, int, int, int]:

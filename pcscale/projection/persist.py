@@ -75,7 +75,6 @@ def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> N
     for name, tensor in outer.items():
         tensor.copy_(reader.tensor(name))
     optimizer.updates = int(outer[UPDATES])
-    optimizer.records.fix(optimizer.fixed)
     optimizer.compose_all()
 
 

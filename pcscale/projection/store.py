@@ -93,8 +93,8 @@ class RecordStore(Mapping[str, MatrixRecord]):
         self.fix(fixed)
 
     def fix(self, fixed: FixedTensors) -> None:
-        """Have S made of these from now on."""
-        self.fixed = {name: tensor.to(device=self._device) for name, tensor in fixed.items()}
+        """Have S made of copies of these from now on."""
+        self.fixed = {name: tensor.to(self._device, copy=True) for name, tensor in fixed.items()}
         self._sides = {name: FixedSides.of(planned, self.fixed) for name, planned in self._planned.items()}
 
     def __getitem__(self, name: str) -> MatrixRecord:

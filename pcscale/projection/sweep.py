@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pcscale.common.errors import RequestError
-from pcscale.common.ledger import DIRECT, home_of, ledger
+from pcscale.common.ledger import DIRECT, ROTATION, home_of, ledger
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
@@ -99,8 +99,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
             raise RequestError(f"lr is {lr} and aux_lr {aux_lr}: expected a positive lr, and no negative aux_lr.")
         named = dict(model.named_parameters())
         self.plan, self.base, self.project, self.seed = plan, base, project, seed
-        # A copy: a checkpoint that is read brings its own.
-        self.fixed: FixedTensors = {name: tensor.clone() for name, tensor in start.fixed.items()}
         self.updates = 0
         parameters = {planned.name: _matching_parameter(planned, named) for planned in plan.weights}
         self.engine: Engine = engine or LocalEngine(parameters, gradient_home)
@@ -115,10 +113,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self._rounds = sweep_rounds(projected, form.rank, topology.world_size)
         # Records are not `optimizer.state`: torch, Accelerate and the Trainer cast, move and pickle what is there.
         self.records = RecordStore(
-            projected, self._rounds, topology.rank, form, self.fixed, base, residency, self.engine.device
+            projected, self._rounds, topology.rank, form, start.fixed, base, residency, self.engine.device
         )
         self._position = {planned.name: position for position, planned in enumerate(projected)}
         """Of every projected matrix, whoever owns it."""
+        ledger.keep(self, ROTATION, home_of(self.engine.device), _dense_bytes(self.records.fixed))
         for planned in projected:
             self._create(planned, start)
         self.direct: dict[str, Trained] = {}
@@ -146,6 +145,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
             {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_ratio},
         )
 
+    @property
+    def fixed(self) -> FixedTensors:
+        """What S is made of; a checkpoint that is loaded brings its own values."""
+        return self.records.fixed
+
     def _create(self, planned: PlannedWeight, start: Start) -> None:
         """Make this rank's record of a matrix at the start; all ranks read the base together where they must."""
         name, base = planned.name, self.base
@@ -170,7 +174,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         aux = start_aux(
             planned,
             start,
-            FixedSides.of(planned, self.records.fixed),
+            FixedSides.of(planned, self.fixed),
             lost if base.coded_fingerprints else None,
             None if weight is None else stored,
             self.engine.device,
@@ -302,6 +306,10 @@ def tf32_products() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _dense_bytes(fixed: FixedTensors) -> int:
+    return sum(tensor.nbytes for tensor in fixed.values() if tensor.is_floating_point())
 
 
 def _matching_parameter(planned: PlannedWeight, parameters: dict[str, nn.Parameter]) -> nn.Parameter:

@@ -43,6 +43,7 @@ COLOURS = (
     "#9CA3AF",
     "#D1D5DB",
     "#374151",
+    "#B45309",
     BLUE,
     SKY,
     GREEN,

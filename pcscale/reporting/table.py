@@ -8,11 +8,11 @@ from pcscale.reporting.side_by_side import difference
 Table = tuple[list[str], list[list[str]]]
 
 ABSENT = "–"
-MODELS = {"base": "base", "start": "hard-pruned start", "compressed": "compressed"}
+MODELS = {"base": "base", "start": "start", "compressed": "compressed"}
 
 
 def comparison_rows(evaluation: dict[str, Any]) -> Table:
-    """Columns and rows that lay the base, the hard-pruned start and the compressed model side by side.
+    """Columns and rows that lay the base, the start and the compressed model side by side.
 
     Args:
         evaluation: evaluation.json; a model that is absent has no row, and without the base nothing is relative to it.

@@ -292,7 +292,7 @@ class _Run:
         loss = evaluate_now(training, "evaluate start")
         result = self.held_out.result(loss, self.setup.plan.parameters, time.monotonic() - started)
         self._add_evaluation("start", asdict(result))
-        console.say(f"hard-pruned start: held-out loss {result.loss:.4f}")
+        console.say(f"start ({self.config.start}): held-out loss {result.loss:.4f}")
 
     def merge(self) -> None:
         config = self.config

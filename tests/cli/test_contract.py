@@ -201,7 +201,7 @@ def test_messages_go_to_standard_error(world: World, tmp_path: Path, no_plots: N
     lines = outcome.stderr.splitlines()
     assert [line.partition(" ·")[0] for line in lines if line.startswith("step ")] == ["step 2/4", "step 4/4"]
     assert any(line.startswith("base: held-out loss ") for line in lines)
-    assert any(line.startswith("hard-pruned start: held-out loss ") for line in lines)
+    assert any(line.startswith("start (selection): held-out loss ") for line in lines)
     assert "step" not in outcome.stdout
     for name in ("base", "start", "compressed"):
         assert name in outcome.stdout

@@ -154,6 +154,7 @@ def test_a_rank_is_full_or_a_number(rank: str, number: int | None, tmp_path: Pat
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
+        ("start: pca\nimportance: random", "start pca is made of activations: set importance activation or energy."),
         ("hidden_size: 32", "hidden_size and intermediate_size go together: set both or neither."),
         ("intermediate_size: 32", "hidden_size and intermediate_size go together: set both or neither."),
         ("keep: 0.5\ntarget_params: 3e9", "keep and target_params both say the size: keep one of them."),

@@ -62,7 +62,11 @@ def test_an_unknown_key_is_named_before_the_missing_one_it_was_meant_for(tmp_pat
         ("base: 7", "base is 7: input should be a valid string."),
         ("data: text.txt", "data is 'text.txt': input should be a valid dictionary"),
         ("method: prune", "method is 'prune': this version takes only 'projected' or 'hard_prune'."),
-        ("start: random", "start is 'random': this version takes only 'selection'."),
+        (
+            "start: random",
+            "start is 'random': this version takes only 'selection', 'rescaled', 'least_squares', 'pca' or "
+            "'pca_least_squares'.",
+        ),
         ("base_home: gpu", "base_home is 'gpu': this version takes only 'disk', 'cpu', 'device' or 'zero'."),
         ("base_precision: int4", "base_precision is 'int4': this version takes only 'stored' or 'int8'."),
         ("residency: nvme", "residency is 'nvme': this version takes only 'device', 'cpu' or 'disk'."),

@@ -9,8 +9,11 @@ import torch
 
 from pcscale.base.held import HeldBase
 from pcscale.base.int8 import Int8Base
+from pcscale.calibration.collect import activation_scores, read_rebuilt, write_rebuilt
 from pcscale.common import ledger
 from pcscale.common.topology import Topology
+from pcscale.compressed.model import build_compressed
+from pcscale.importance.select import select
 from pcscale.memory import components
 from pcscale.memory.components import (
     ACTIVATIONS,
@@ -33,7 +36,7 @@ from pcscale.memory.place import Place, ZeroForm
 from pcscale.projection.layout import RecordFormat, overlap_bytes, record_bytes
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
-from pcscale.projection.starts import Start
+from pcscale.projection.starts import STARTS, Start, make_start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.entered import Entered
 from tests.memory.plans import (
@@ -45,7 +48,7 @@ from tests.memory.plans import (
     settings,
     sums,
 )
-from tests.projection.parts import CPU, Compression, TinyBase
+from tests.projection.parts import CPU, Compression, TinyBase, token_batches
 from tests.tiny import CASES
 
 
@@ -79,6 +82,29 @@ def test_state_is_predicted_to_the_byte(family: str, tied: bool, method: str, bf
     assert entered.now()["host", ledger.GRADIENTS] == held[ledger.GRADIENTS]
     predicted = train_moments(compression.plan, settings(method=method, bf16=bf16), HOST)["sweep"]
     assert {name: predicted[name].num_bytes if name in predicted else 0 for name in held} == held
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_start_keeps_is_predicted_to_the_byte(
+    start: str, tied: bool, tiny_base: TinyBase, tmp_path: Path
+) -> None:
+    compression = Compression.of(tiny_base("llama", tied))
+    plan, base, path = compression.plan, compression.base, tmp_path / "rebuilt.safetensors"
+    batches = token_batches(2)
+    scores = activation_scores(plan, base, "activation", batches, CPU, torch.float32)
+    write_rebuilt(path, plan, base, select(plan, scores), batches, CPU, torch.float32)
+    made, config, entered = make_start(start, plan, scores, base.tensor), settings(start=start), Entered()
+    model = build_compressed(plan, start_tensors(plan, made, base.tensor), CPU, torch.float32)
+    optimizer = ProjectedAdamW(model, plan, base, made)
+    dense = [tensor for tensor in optimizer.fixed.values() if tensor.is_floating_point()]
+    assert bool(dense) == start.startswith("pca")
+    assert entered.now().get(("host", ledger.ROTATION), 0) == held_bytes(dense)
+    parts = train_moments(plan, config, HOST)["sweep"]
+    assert (parts[ledger.ROTATION].num_bytes if config.rotates else 0) == held_bytes(dense)
+    rebuilt = disk_parts(plan, config)["calibrate"]["rebuilt channels"]
+    in_file = sum(tensor.nbytes for tensor in read_rebuilt(path).values())
+    assert rebuilt == (in_file if start.endswith("least_squares") else 0)
 
 
 @pytest.mark.parametrize(("rank", "base_precision", "weight_decay"), [(None, "stored", 0.0), (4, "int8", 0.1)])

@@ -170,7 +170,7 @@ def test_a_run_of_settings_and_metrics_alone_is_reported(bare_run: Path) -> None
     assert "cut from acme/tiny-llm" in text
     for part in ("the comparison with the base", "the merge", "generating text", "measuring its phases", "its plan"):
         assert f"run has not got to {part} yet" in text
-    assert "not got to evaluating this yet: base, hard-pruned start, compressed." in text
+    assert "not got to evaluating this yet: base, start, compressed." in text
 
 
 def test_a_run_before_its_first_step_has_no_curves(run: Path) -> None:

@@ -8,7 +8,7 @@ def test_three_models_are_compared_with_the_base() -> None:
     columns, rows = comparison_rows(EVALUATION)
     assert all(len(row) == len(columns) for row in rows)
     assert rows[0] == ["base", "134.5 M", "100.0%", "2.9137", "+0.0000", "18.42", "0.9399", "812"]
-    assert rows[1][:6] == ["hard-pruned start", "67.0 M", "49.8%", "8.2718", "+5.3581", "3,912"]
+    assert rows[1][:6] == ["start", "67.0 M", "49.8%", "8.2718", "+5.3581", "3,912"]
     assert rows[2][:6] == ["compressed", "67.0 M", "49.8%", "3.4412", "+0.5275", "31.22"]
 
 
