@@ -28,6 +28,16 @@ REBUILDING_STARTS = ("least_squares", "pca_least_squares")
 """Those that calibration solves least squares over ffn channels for."""
 ROTATING_STARTS = ("pca", "pca_least_squares")
 """Those whose residual stream is rotated."""
+_OF_RECORDS = (
+    "projection_rates",
+    "base_home",
+    "base_precision",
+    "residency",
+    "record_dtype",
+    "moments",
+    "projection_rank",
+)
+"""Settings that hard pruning has no use for."""
 
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
@@ -116,6 +126,9 @@ class RunConfig(BaseModel):
     """Peak rate of the projections (hard_prune: of everything)."""
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
     """Peak rate of aux, norms and biases. Absent: `learning_rate`."""
+    projection_rates: Literal["uniform", "per_matrix"] = Field(default="uniform", json_schema_extra=_TRAINING)
+    """`uniform` trains every projection at `learning_rate`, as published; `per_matrix` divides it by the mean norm of
+    the base weight's rows (of its columns on the out side) where that is above 1: a step moves all weights alike."""
     warmup_steps: Annotated[Whole, Field(ge=0)] = Field(default=40, json_schema_extra=_TRAINING)
     """Steps from 0.1 of the rate to the whole of it; a cosine back to 0.1 follows. Units: steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, json_schema_extra=_TRAINING)
@@ -218,7 +231,7 @@ class RunConfig(BaseModel):
         if self.deepspeed is not None and self.gradient_home == "cpu":
             raise ValueError("gradient_home cpu is for one process: with deepspeed, ZeRO's offload moves gradients")
         if self.method == "hard_prune":
-            for key in ("base_home", "base_precision", "residency", "record_dtype", "moments", "projection_rank"):
+            for key in _OF_RECORDS:
                 if getattr(self, key) != RunConfig.model_fields[key].default:
                     raise ValueError(f"{key} has no meaning with method hard_prune, which has no records: remove it")
         return self

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pcscale.base.weight import FrozenWeight
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import DIRECT, ROTATION, home_of, ledger
 from pcscale.families.plan import Plan, PlannedWeight
@@ -55,6 +56,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         base: where base weights are read from.
         start: what training begins with; where a checkpoint is loaded, its `fixed` tensors are enough.
         lr: rate of D_out and D_in.
+        rates_per_matrix: divide a D's rate by what its entries are multiplied with on their way into the weight, where
+            that is more than 1: for D_in the mean norm of the base weight's rows, for D_out of its columns. A step of
+            Adam then moves the weights of all matrices by about as much.
         aux_lr: rate of aux, norms and biases; None: `lr`. It follows a scheduler in the same ratio to `lr`.
         betas, eps: AdamW's.
         weight_decay: decoupled decay of D_out, D_in and aux towards their start; with `project=False` of the matrices.
@@ -87,6 +91,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        rates_per_matrix: bool = False,
         project: bool = True,
         form: RecordFormat = PUBLISHED_FORMAT,
         residency: Residency = ON_DEVICE,
@@ -100,6 +105,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         named = dict(model.named_parameters())
         self.plan, self.base, self.project, self.seed = plan, base, project, seed
         self.updates = 0
+        self._rates_per_matrix = rates_per_matrix
+        self._divisors: dict[str, tuple[float, float]] = {}
+        """Of the rates of D_out and D_in, by matrix; the base does not change."""
         parameters = {planned.name: _matching_parameter(planned, named) for planned in plan.weights}
         self.engine: Engine = engine or LocalEngine(parameters, gradient_home)
         self.compute_dtype = compute_dtype or (
@@ -233,13 +241,23 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _visit(self, visit: Visit, G_oi: torch.Tensor, group: dict[str, Any]) -> None:
         name, record = visit.planned.name, visit.record
         for number, (part, gradient) in enumerate(self._pulled_back(visit, G_oi)):
-            rate = group["lr"] * (group["aux_ratio"] if part == AUX else 1.0)
+            rate = group["lr"] * group["aux_ratio"] if part == AUX else self._rate(visit, part, group["lr"])
             settings = self._settings(group, rate, 0.0 if part in _FACTORS else None)
             start = record.aux_start if part == AUX else None
             key = noise_key(self.seed, self.updates + 1, self._position[name], number)
             update(record.parts[part], gradient, settings, key, start)
             del gradient
         self._compose(visit)
+
+    def _rate(self, visit: Visit, part: str, rate: float) -> float:
+        """Of a factor of D."""
+        if not self._rates_per_matrix:
+            return rate
+        name = visit.planned.name
+        if name not in self._divisors:
+            self._divisors[name] = _mean_norms(visit.weight, visit.planned)
+        of_columns, of_rows = self._divisors[name]
+        return rate / max(1.0, of_columns if part in DELTA_OUT else of_rows)
 
     def _pulled_back(self, visit: Visit, G_oi: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The gradient of every trainable value by name, each let go before the next is asked for.
@@ -306,6 +324,18 @@ def tf32_products() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _mean_norms(weight: FrozenWeight, planned: PlannedWeight) -> tuple[float, float]:
+    """The mean norms of a base weight's columns and of its rows."""
+    squares_I: torch.Tensor | float = 0.0
+    of_rows = 0.0
+    for rows in row_blocks(planned):
+        W_bI = weight.rows(torch.float32, rows.start, rows.stop)
+        of_rows += torch.linalg.vector_norm(W_bI, dim=1).sum().item()
+        squares_I = squares_I + W_bI.square().sum(0)
+    assert isinstance(squares_I, torch.Tensor)
+    return squares_I.sqrt().mean().item(), of_rows / planned.base_shape[0]
 
 
 def _dense_bytes(fixed: FixedTensors) -> int:

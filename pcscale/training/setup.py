@@ -116,6 +116,7 @@ def build_training_parts(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        rates_per_matrix=config.projection_rates == "per_matrix",
         project=config.method == "projected",
         form=record_format(config),
         residency=residency_of(config, folder, setup.group.topology.rank),

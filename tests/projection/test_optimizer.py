@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from pcscale.base.mapped import MappedBase
+from pcscale.base.weight import FrozenWeight
 from pcscale.common.errors import RequestError
 from pcscale.compressed.loss import NextTokenLoss
+from pcscale.projection.layout import RecordFormat
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.projection.parts import Compression, TinyBase, copies, token_batches
 from tests.reference import Rates, Weights, stock
@@ -251,3 +254,60 @@ def test_the_kept_indices_of_the_caller_stay_the_caller_s(compression: Compressi
     for name, indices in optimizer.fixed.items():
         assert torch.equal(indices, compression.kept[name])
         assert indices.data_ptr() != compression.kept[name].data_ptr()
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_rates_per_matrix_are_divided_by_what_a_projection_is_multiplied_with(
+    rank: int | None, compression: Compression
+) -> None:
+    """Adam's first step moves every entry by its rate."""
+    up, query = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    scaled = {name: weight * 20 if name == up else weight for name, weight in compression.weights.items()}
+    rates = Rates(weight_decay=0.0)
+    moved: dict[bool, Weights] = {}
+    for per_matrix in (True, False):
+        model = compression.model()
+        base = Scaled(compression.base, up, 20.0)
+        optimizer = compression.optimizer(
+            model, rates, base=base, rates_per_matrix=per_matrix, form=RecordFormat(rank=rank)
+        )
+        before = {name: values_of_parts(optimizer, name) for name in (up, query)}
+        optimizer.compose_all()
+        backward(model)
+        optimizer.step()
+        after = {name: values_of_parts(optimizer, name) for name in (up, query)}
+        moved[per_matrix] = {
+            f"{name} {part}": (after[name][part] - before[name][part]).abs().median()
+            for name in before
+            for part in before[name]
+        }
+    columns, rows = (torch.linalg.vector_norm(scaled[up], dim=dim).mean().item() for dim in (0, 1))
+    assert min(columns, rows) > 1
+    assert torch.linalg.vector_norm(scaled[query], dim=1).mean() < 1
+    for name, uniform in moved[False].items():
+        divisor = 1.0
+        if name.startswith(up):
+            divisor = columns if "delta_out" in name else rows if "delta_in" in name else 1.0
+        assert moved[True][name].item() == pytest.approx(uniform.item() / divisor, rel=FIRST_STEP_TOLERANCE), name
+
+
+class Scaled:
+    """A base one of whose weights is larger."""
+
+    home, collective, coded_fingerprints = "disk", False, {}
+
+    def __init__(self, base: MappedBase, name: str, factor: float) -> None:
+        self._base, self._name, self._factor = base, name, factor
+
+    def weight(self, name: str) -> FrozenWeight:
+        return FrozenWeight(self._base.tensor(name) * (self._factor if name == self._name else 1.0))
+
+    def lost(self, name: str, rows: slice) -> None:
+        return None
+
+    def prefetch(self, names: list[str]) -> None:
+        pass
+
+
+def values_of_parts(optimizer: ProjectedAdamW, name: str) -> Weights:
+    return {part: trained.value.clone() for part, trained in optimizer.records[name].parts.items()}
