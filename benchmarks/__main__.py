@@ -12,12 +12,13 @@ from benchmarks import (
     memory_plan,
     merge_7b,
     plan_time,
-    quality,
     ranks,
+    state_quality,
     step_time,
     sweep_time,
     tracker,
 )
+from benchmarks.quality import compare
 from benchmarks.report import write_report
 from pcscale.common.console import console
 
@@ -32,7 +33,8 @@ BENCHMARKS = {
     "memory-plan": (memory_plan, memory_plan.run),
     "budget": (budget, budget.run),
     "tracker": (tracker, tracker.run),
-    "state-quality": (quality, quality.run),
+    "state-quality": (state_quality, state_quality.run),
+    "quality": (compare, compare.run),
     "ranks": (ranks, ranks.run),
     "gpu": (gpu, gpu.run),
 }

@@ -26,7 +26,7 @@ from pcscale.families.widths import plan_widths
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.projection.layout import value_shapes
-from pcscale.projection.persist import direct_name, kept_entry
+from pcscale.projection.persist import direct_name, fixed_entry
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors
 
@@ -94,7 +94,7 @@ def _make_checkpoint(folder: Path, plan: Plan, base: Path) -> int:
     values, files = noise(1e-3), {}
     kept = select(plan, random_scores(plan, seed=0))
     (folder / "records").mkdir(parents=True)
-    outer = {kept_entry(name): indices for name, indices in kept.items()}
+    outer = {fixed_entry(name): indices for name, indices in kept.items()}
     with console.progress("make records", len(plan.weights), "tensors") as progress:
         for planned in plan.weights:
             progress.advance(1)
