@@ -3,14 +3,16 @@ checkpointing and ranks. SmolLM2-135M cut to half, two steps of two micro batche
 Llama-3.2-1B's shape with random weights, two steps of 512 tokens. Each run is a process of its own (or two ranks); the
 peak is the anonymous memory of the first rank over all phases. Working memory is what is not entered where it is born:
 activations, logits, temporaries, and what the C library's allocator keeps. A finished run is kept in the scratch folder
-and not run again; predictions are made anew. Three constants of the predictions (memory/components.py: libraries and
-what the allocator keeps) were fitted to the SmolLM2 runs; the 1B shape was left out of that."""
+and not run again; predictions are made anew. `PCSCALE_MINUTES` says after how many minutes no further run is begun.
+What libraries take and what allocators keep (memory/components.py) was fitted to the SmolLM2 runs; the 1B shape was
+left out of that."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,7 @@ def run(scratch: Path) -> list[Row]:
     scratch = (scratch / "memory-plan").absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     write_text(scratch / "text.txt", python_topics())
+    ends, missing = time.monotonic() + 60 * float(os.environ.get("PCSCALE_MINUTES", "inf")), []
     reports: dict[str, dict[str, Any]] = {}
     runs = {
         label: (ranks, {**_values(scratch, str(fetch_smollm2(cache_folder()))), **SHORT, **settings})
@@ -111,12 +114,15 @@ def run(scratch: Path) -> list[Row]:
         if wanted not in label:
             continue
         kept = scratch / f"{fingerprint(json.dumps([ranks, values]).encode())}.json"
+        if not kept.exists() and time.monotonic() > ends:
+            missing.append(label)
+            continue
         if not kept.exists():
             if label in BIG_SETTINGS and not (scratch / "base").exists():
                 prepare(scratch, LLAMA_1B, BIG)
             write_json(kept, _report(scratch, ranks, values))
         reports[label] = _predicted_anew(read_json(kept), ranks, values)
-    return _rows(reports)
+    return [*_rows(reports), *((label, "not run", "") for label in missing)]
 
 
 def _values(scratch: Path, base: str) -> dict[str, Any]:

@@ -223,7 +223,10 @@ def test_widths_larger_than_the_base(refuse: Callable[..., str]) -> None:
         ("learning_rate=.nan", "learning_rate is nan: input should be a finite number."),
         ("keep=1", "keep is 1: input should be less than 1."),
         ("bf16=maybe", "bf16 is 'maybe': input should be a valid boolean"),
-        ("importance=magic", "importance is 'magic': this version takes only 'activation', 'magnitude' or 'random'."),
+        (
+            "importance=magic",
+            "importance is 'magic': this version takes only 'activation', 'energy', 'magnitude' or 'random'.",
+        ),
         ("max_memory=lots", "max_memory: 'lots' is not a size. Write it like 5GB, 5GiB or 5000000000."),
         ("deepspeed=3", "deepspeed is 3: input should be a valid string."),
         ("seed=[1]", "seed is [1]: "),

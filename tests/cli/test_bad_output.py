@@ -235,5 +235,5 @@ def test_calibrate_on_text_that_is_missing(world: World, tmp_path: Path) -> None
 def test_calibrate_with_an_importance_that_does_not_exist(world: World, tmp_path: Path) -> None:
     arguments = ["calibrate", world.base, "--data", world.text, "--output", tmp_path / "s", "--importance", "magic"]
     assert refusal(*arguments) == (
-        "calibrate: importance is 'magic': this version takes only 'activation', 'magnitude' or 'random'."
+        "calibrate: importance is 'magic': this version takes only 'activation', 'energy', 'magnitude' or 'random'."
     )

@@ -12,6 +12,7 @@ from pcscale.compressed.loss import NextTokenLoss
 from pcscale.config.schema import RunConfig
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
+from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.folder import RunFolder
 from pcscale.training.setup import build_training_parts, prepare
@@ -24,7 +25,7 @@ Parts = tuple[NextTokenLoss, ProjectedAdamW]
 def build_parts(settings: RunConfig) -> Parts:
     setup = prepare(settings)
     kept = select(setup.plan, random_scores(setup.plan, seed=0))
-    return build_training_parts(setup, settings, kept, RunFolder(Path(settings.output)))
+    return build_training_parts(setup, settings, Start(kept), RunFolder(Path(settings.output)))
 
 
 @pytest.fixture(params=["projected", "hard_prune"])
