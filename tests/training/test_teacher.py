@@ -1,6 +1,5 @@
 """The teacher against stock transformers, and the loss that it takes part in against its definition in float64."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,13 +7,18 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from pcscale.common.ledger import HIDDEN, TEACHER
 from pcscale.compressed.loss import Distillation, NextTokenLoss, top_divergence
-from pcscale.config.schema import DistillConfig, RunConfig
+from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
+from pcscale.memory.components import SAID, train_moments
+from pcscale.memory.place import Place
 from pcscale.training.pipeline import compress
 from pcscale.training.teacher import Teacher
+from tests.entered import Entered
+from tests.memory.plans import held_bytes
 from tests.projection.parts import CPU, Compression, TinyBase, token_batches
 from tests.tiny import CASES
-from tests.training.runs import World, curve, invoke, run_config
+from tests.training.runs import World, curve, run_config
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -147,9 +151,22 @@ def test_a_taught_run_is_split_and_resumed_like_any_other(world: World, tmp_path
     assert one == pytest.approx(other, rel=1e-3)
 
 
-def test_a_taught_run_is_set_on_the_command_line(
-    config: Callable[..., RunConfig], world: World, tmp_path: Path
-) -> None:
-    assert config(distill={"temperature": 2}).distill == DistillConfig(temperature=2.0)
-    outcome = invoke("compress", tmp_path / "absent.yaml", "distill.weight=2")
-    assert outcome.exit_code == 2
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_what_it_holds_and_says_is_predicted_to_the_byte(top_k: int | None, compression: Compression) -> None:
+    entered = Entered()
+    teacher = teacher_of(compression, **({} if top_k is None else {"top_k": top_k}))
+    said = [values for of_batch in teacher.says(BATCHES) for values in of_batch]
+    config = RunConfig(
+        base="-",
+        output="-",
+        data=DataConfig(train=["-"]),
+        distill=DistillConfig(top_k=top_k),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        sequence_length=12,
+    )
+    moments = train_moments(compression.plan, config, Place(on_gpu=False))
+    assert moments["forward"][SAID].num_bytes == held_bytes(said)
+    held = moments["forward"].get(TEACHER)
+    assert entered.now().get(("host", TEACHER), 0) == (0 if held is None else held.num_bytes)
+    assert moments["teach"][HIDDEN].num_bytes == sum(ids_BT.numel() for ids_BT in BATCHES) * 32 * 4
