@@ -58,8 +58,11 @@ class LayerMajorModel:
         return self.skeleton.get_submodule(name)
 
     @torch.no_grad()
-    def hidden_states(self, batches: list[torch.Tensor], label: str) -> Iterator[list[torch.Tensor]]:
+    def hidden_states(self, batches: list[torch.Tensor], label: str | None) -> Iterator[list[torch.Tensor]]:
         """Run token batches `[B, T]` through the whole model but its head.
+
+        Args:
+            label: of the progress bar; None: there is none.
 
         Yields, for each group of batches whose hidden states fit the host's budget, their final states `[B, T, H]`
         after the last norm, in the order of the batches.
@@ -114,6 +117,41 @@ class LayerMajorModel:
                 value_BT = logits_BTV.gather(-1, row_BT.clamp(0, len(block_VH) - 1)[..., None])[..., 0]
                 picked_BT.copy_(torch.where(inside_BT, value_BT, picked_BT))
         return [(log_sum_BT - picked_BT).cpu() for log_sum_BT, picked_BT in zip(log_sums, picked, strict=True)]
+
+    @torch.no_grad()
+    def most_likely(
+        self, hidden: list[torch.Tensor], count: int, temperature: float
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The most likely next tokens after final hidden states `[B, T, H]`, with the head in row blocks.
+
+        Returns:
+            Of each batch their ids, int32 `[B, T, k]`, and the logarithms of their probabilities among all tokens,
+            float32, at that temperature; on the host.
+        """
+        head_VH = self.base.tensor(self._head.name)
+        tops = [(hidden_BTH.new_empty(0), hidden_BTH.new_empty(0)) for hidden_BTH in hidden]
+        log_sums = [torch.full(hidden_BTH.shape[:2], -torch.inf, device=self.device) for hidden_BTH in hidden]
+        rows = max(1, LOGIT_BLOCK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
+        for first in range(0, len(head_VH), rows):
+            block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
+            for position, (hidden_BTH, log_sum_BT) in enumerate(zip(hidden, log_sums, strict=True)):
+                logits_BTV = F.linear(hidden_BTH.to(self.device), block_VH).float() / temperature
+                torch.logaddexp(log_sum_BT, logits_BTV.logsumexp(-1), out=log_sum_BT)
+                best = logits_BTV.topk(min(count, len(block_VH)), dim=-1)
+                values, ids = best.values, best.indices + first
+                if first:
+                    values, ids = (torch.cat(pair, -1) for pair in zip(tops[position], (values, ids), strict=True))
+                    values, chosen = values.topk(min(count, values.shape[-1]), dim=-1)
+                    ids = ids.gather(-1, chosen)
+                tops[position] = (values, ids)
+        return [
+            (ids.int().cpu(), (values - log_sum_BT[..., None]).cpu())
+            for (values, ids), log_sum_BT in zip(tops, log_sums, strict=True)
+        ]
+
+    def head(self) -> torch.Tensor:
+        """The whole head `[V, H]`, newly allocated on the device."""
+        return self.base.tensor(self._head.name).to(self.device, self.dtype, copy=True)
 
     def _prefix(self, layer: int) -> str:
         return self.base.family.layer_prefix.format(layer=layer)

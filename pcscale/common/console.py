@@ -22,7 +22,7 @@ PLAIN_INTERVAL_SECONDS = 5.0
 class Task:
     """One running job: how much of it is done, and what to say beside the bar."""
 
-    label: str
+    label: str | None
     total: float
     unit: str
     done: float = 0.0
@@ -62,10 +62,10 @@ class Console:
         self.rich.print(f"warning: {text}")
 
     @contextmanager
-    def progress(self, label: str, total: float, unit: str) -> Iterator["Tracker"]:
-        """Show progress while the block runs; call `advance` on what it yields."""
+    def progress(self, label: str | None, total: float, unit: str) -> Iterator["Tracker"]:
+        """Show progress while the block runs; call `advance` on what it yields. Without a label nothing is shown."""
         task = Task(label, total, unit)
-        if self.quiet or not self.rich.is_terminal:
+        if label is None or self.quiet or not self.rich.is_terminal:
             tracker = Tracker(self, task, None)
             yield tracker
             return
@@ -89,7 +89,7 @@ class Tracker:
         self.task.note = note or self.task.note
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.task.done, text=self.task.describe())
-        elif time.monotonic() - self.task.last_line >= PLAIN_INTERVAL_SECONDS:
+        elif self.task.label is not None and time.monotonic() - self.task.last_line >= PLAIN_INTERVAL_SECONDS:
             self.task.last_line = time.monotonic()
             self.console.say(f"{self.task.label}: {self.task.describe()}")
 

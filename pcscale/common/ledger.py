@@ -21,6 +21,7 @@ GRADIENTS = "gradients"
 DIRECT = "norms and biases"
 ENGINE = "ZeRO copies and buckets"
 HIDDEN = "hidden states"
+TEACHER = "teacher's head"
 WORKING = "working memory"
 CONTEXT = "device context"
 COMPONENTS = (
@@ -37,6 +38,7 @@ COMPONENTS = (
     DIRECT,
     ENGINE,
     HIDDEN,
+    TEACHER,
     WORKING,
 )
 """Every component of measured memory. Libraries, working memory and a device's context are never entered: they are what

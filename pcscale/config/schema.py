@@ -74,6 +74,20 @@ class DataConfig(BaseModel):
         return values
 
 
+class DistillConfig(BaseModel):
+    """How the base teaches the compressed model."""
+
+    model_config = _STRICT
+
+    weight: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """Share w of the loss: (1 - w) cross entropy + w temperature² KL(base ‖ compressed). Units: fraction."""
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    """What both models' logits are divided by in the KL."""
+    top_k: Count | None = None
+    """Count only so many of the base's most likely tokens, and all others as one: its head is then read in blocks, once
+    a step. Absent: the whole distribution, with the base's head on the device. Units: tokens."""
+
+
 class RunConfig(BaseModel):
     """One run: what `pcscale compress` reads from run.yaml."""
 
@@ -126,6 +140,8 @@ class RunConfig(BaseModel):
     """Peak rate of the projections (hard_prune: of everything)."""
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
     """Peak rate of aux, norms and biases. Absent: `learning_rate`."""
+    distill: DistillConfig | None = Field(default=None, json_schema_extra=_TRAINING)
+    """Let the base teach, one layer-major pass a step: `distill.weight`, `distill.temperature`, `distill.top_k`."""
     projection_rates: Literal["uniform", "per_matrix"] = Field(default="uniform", json_schema_extra=_TRAINING)
     """`uniform` trains every projection at `learning_rate`, as published; `per_matrix` divides it by the mean norm of
     the base weight's rows (of its columns on the out side) where that is above 1: a step moves all weights alike."""

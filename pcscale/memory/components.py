@@ -46,6 +46,7 @@ DEVICE_SLACK = 0.05
 ACTIVATIONS, LOGITS, HEAD_GRADIENT = "activations", "logits", "head gradient"
 ON_ITS_WAY, IN_FLIGHT, TEMPORARIES = "base on its way", "base in flight", "sweep temporaries"
 START, LAYER, SECOND_MOMENTS, BUFFERS = "start tensors", "layer", "second moments", "merge buffers"
+SAID = "what the teacher says"
 SCATTERED = "scattered gradients"
 ALLOCATOR = "allocator"
 WORKING_PARTS = (
@@ -59,6 +60,7 @@ WORKING_PARTS = (
     LAYER,
     SECOND_MOMENTS,
     BUFFERS,
+    SAID,
     GATHERED,
     SCATTERED,
     ALLOCATOR,
@@ -84,14 +86,18 @@ def train_moments(plan: Plan, config: RunConfig, place: Place) -> dict[str, Part
     value = working.weight_bytes(config)
     activations = Part("device", working.activation_bytes(plan, config))
     head = Part("device", plan.sizes[VOCAB] * plan.sizes[RESIDUAL] * value)
-    begins = {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 3), HEAD_GRADIENT: head}
+    # Of both models the logits, and of the teacher's what the divergence keeps.
+    teacher_logits = 0 if config.distill is None else 2 if config.distill.top_k is None else 1
+    begins = {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 3 + teacher_logits), HEAD_GRADIENT: head}
     ends = {ACTIVATIONS: Part("device", working.layer_activation_bytes(plan, config)), HEAD_GRADIENT: head}
     one_layer = Part("device", working.one_layer_bytes(plan.sizes, config, value))
+    said = _said(plan, config, place)
     moments = {
         "start": _larger(_being_built(plan, config, place, held), held | _beginning(plan, config), place),
         "evaluate": before | {ACTIVATIONS: one_layer, LOGITS: _logits(plan, config, 2)},
-        "forward": before | {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 2)},
-        "backward": _larger(before | begins, full | ends, place) | _scattered(plan, place),
+        **({"teach": before | said | _teaching(plan, config, place)} if config.distill is not None else {}),
+        "forward": before | said | {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 2 + teacher_logits)},
+        "backward": _larger(before | said | begins, full | ends, place) | _scattered(plan, place),
         "sweep": full | _visit(plan, config, place),
         "checkpoint": before,
     }
@@ -99,6 +105,22 @@ def train_moments(plan: Plan, config: RunConfig, place: Place) -> dict[str, Part
         name: _settled(parts, place, _kept_by_allocator(name, config, activations.num_bytes))
         for name, parts in moments.items()
     }
+
+
+def _said(plan: Plan, config: RunConfig, place: Place) -> Parts:
+    """What a teacher says of all tokens of a step: last hidden states, or ids and logarithms."""
+    if config.distill is None:
+        return {}
+    top_k, value = config.distill.top_k, 2 if place.on_gpu and config.bf16 else FLOAT_BYTES
+    each = plan.base_sizes[RESIDUAL] * value if top_k is None else 2 * FLOAT_BYTES * top_k
+    return {SAID: Part("host", config.tokens_per_step * each)}
+
+
+def _teaching(plan: Plan, config: RunConfig, place: Place) -> Parts:
+    """The base's pass over the tokens of a step: a layer, a batch that goes through it, and what waits."""
+    passing = _base_pass(plan, config, place, "teach")
+    del passing[ledger.LIBRARIES], passing[ledger.CONTEXT]
+    return passing | {LOGITS: _logits(plan, config, 2)}
 
 
 def calibrate_parts(plan: Plan, config: RunConfig, place: Place) -> Parts:
@@ -205,6 +227,9 @@ def _held(plan: Plan, config: RunConfig, place: Place) -> Parts:
         # One more copy of this rank's part, which no attribute of DeepSpeed's leads to: nobody enters it.
         unseen = FLOAT_BYTES * -(-plan.parameters // place.ranks)
         held[ledger.LIBRARIES] = Part("host", held[ledger.LIBRARIES].num_bytes + unseen)
+    if config.distill is not None and config.distill.top_k is None:
+        value = 2 if place.on_gpu and config.bf16 else FLOAT_BYTES
+        held[ledger.TEACHER] = Part("device", plan.base_sizes[VOCAB] * plan.base_sizes[RESIDUAL] * value)
     held[ledger.DIRECT] = Part("device", direct * copies * FLOAT_BYTES)
     if config.method != "projected":
         return held
@@ -298,12 +323,12 @@ def _visit(plan: Plan, config: RunConfig, place: Place) -> Parts:
 def _base_pass(plan: Plan, config: RunConfig, place: Place, phase: str) -> Parts:
     """One layer-major pass: a layer, one batch going through it, and the hidden states that wait on the host."""
     value = 2 if place.on_gpu and config.bf16 else FLOAT_BYTES
-    tokens = config.calibration_tokens if phase == "calibrate" else config.eval_tokens
+    tokens = {"calibrate": config.calibration_tokens, "teach": config.tokens_per_step}.get(phase, config.eval_tokens)
     hidden = min(working.HIDDEN_BUDGET_BYTES, tokens * plan.base_sizes[RESIDUAL] * value)
     layer = plan.base_layer_values * value
     mapped = not place.on_gpu and working.stored_bytes(plan.base_config) == value
     return {
-        **_libraries(phase, config, place),
+        **_libraries(phase if phase in LIBRARY_BYTES else "train", config, place),
         ledger.HIDDEN: Part("host", hidden),
         LAYER: Part("device", 0 if mapped else layer),
         ACTIVATIONS: Part("device", working.one_layer_bytes(plan.base_sizes, config, value)),

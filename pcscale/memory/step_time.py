@@ -73,7 +73,7 @@ def step_seconds(
 
 
 def forward_backward_flops(plan: Plan, config: RunConfig) -> float:
-    """Operations of a rank's forward and backward in a step, with what is computed twice."""
+    """Operations of a rank's forward and backward in a step, with what is computed twice, and of the teacher's."""
     hidden, vocab, layers = plan.sizes[RESIDUAL], plan.sizes[VOCAB], plan.num_layers
     multiplied = sum(
         math.prod(planned.shape) * count for planned, count in plan.alike if planned.weight.kind is Kind.LINEAR
@@ -81,7 +81,17 @@ def forward_backward_flops(plan: Plan, config: RunConfig) -> float:
     attention = layers * plan.sizes[Q_HEADS] * config.sequence_length
     layer_flops = 6 * (multiplied + attention) * (1 + RECOMPUTED_SHARE * config.gradient_checkpointing)
     # The loss computes its logits again in the backward pass, always.
-    return config.tokens_per_step * (layer_flops + 8 * hidden * vocab)
+    return config.tokens_per_step * (layer_flops + 8 * hidden * vocab + _teacher_flops(plan, config))
+
+
+def _teacher_flops(plan: Plan, config: RunConfig) -> int:
+    """Of the base's forward for a token; its whole distribution is computed again in the backward pass."""
+    if config.distill is None:
+        return 0
+    linear = sum(math.prod(p.base_shape) * count for p, count in plan.alike if p.weight.kind is Kind.LINEAR)
+    attention = plan.num_layers * plan.base_sizes[Q_HEADS] * config.sequence_length
+    head = plan.base_sizes[RESIDUAL] * plan.base_sizes[VOCAB] * (2 if config.distill.top_k is None else 1)
+    return 2 * (linear + attention + head)
 
 
 @dataclass(frozen=True)

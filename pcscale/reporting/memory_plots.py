@@ -53,6 +53,7 @@ COLOURS = (
     "#7B3F98",
     PINK,
     "#00584A",
+    "#4C1D95",
     "#D9C9A3",
 )
 LOOKS = {

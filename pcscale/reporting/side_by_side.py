@@ -5,7 +5,7 @@ from typing import Any
 from pcscale.common.ledger import COMPONENTS, WORKING
 from pcscale.reporting.run_data import RunData
 
-STEP_MOMENTS = ("forward", "backward", "sweep", "evaluate", "checkpoint")
+STEP_MOMENTS = ("teach", "forward", "backward", "sweep", "evaluate", "checkpoint")
 """The moments of training that recur; `start` comes once."""
 
 

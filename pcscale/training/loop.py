@@ -28,6 +28,7 @@ from pcscale.training.interrupt import StopRequest
 from pcscale.training.schedule import rate_factor
 from pcscale.training.state import TrainingState, save_checkpoint
 from pcscale.training.step import training_step
+from pcscale.training.teacher import Teacher
 from pcscale.training.trackers import open_trackers
 
 
@@ -48,6 +49,7 @@ class Training:
     train_NT: torch.Tensor
     validation_MT: torch.Tensor
     state: TrainingState
+    teacher: Teacher | None = None
 
     @property
     def sequences_per_step(self) -> int:
@@ -128,7 +130,12 @@ def _take_step(training: Training) -> dict[str, Any]:
     )
     moved_before = training.optimizer.records.traffic.total
     result = training_step(
-        training.loss_module, training.optimizer, batches, config.gradient_accumulation_steps, config.max_grad_norm
+        training.loss_module,
+        training.optimizer,
+        batches,
+        config.gradient_accumulation_steps,
+        config.max_grad_norm,
+        training.teacher,
     )
     state.tokens += training.tokens_per_step
     state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0

@@ -42,6 +42,7 @@ from pcscale.training.loop import Training, evaluate_now, train
 from pcscale.training.processes import check_processes, processes, said_once
 from pcscale.training.setup import Setup, build_training_parts, prepare
 from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
+from pcscale.training.teacher import Teacher
 from pcscale.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -260,9 +261,13 @@ class _Run:
         """Model and optimizer at their start, or where the checkpoint left them."""
         config, setup, group = self.config, self.setup, self.setup.group
         expected_codes = manifest.coded_fingerprints if manifest else None
+        teacher = None
+        if config.distill is not None:
+            teacher = Teacher(setup.base, config.distill, setup.device, setup.base_dtype)
+        distillation = teacher and teacher.distillation
 
         def build() -> tuple[NextTokenLoss, ProjectedAdamW]:
-            return build_training_parts(setup, config, start, self.folder, expected_codes)
+            return build_training_parts(setup, config, start, self.folder, expected_codes, distillation)
 
         if config.base_precision == "int8" and group.topology.world_size > 1:
             # The first rank codes the base for all hosts.
@@ -285,6 +290,7 @@ class _Run:
             train_NT=self.tokens.train_NT,
             validation_MT=self.tokens.validation_MT,
             state=state,
+            teacher=teacher,
         )
 
     def _evaluate_start(self, training: Training) -> None:

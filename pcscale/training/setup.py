@@ -13,7 +13,7 @@ from pcscale.base.resolve import BaseFolder, resolve_base
 from pcscale.common.console import console
 from pcscale.common.topology import ALONE, Group
 from pcscale.common.units import parse_bytes
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.compressed.loss import Distillation, NextTokenLoss
 from pcscale.compressed.model import build_compressed
 from pcscale.config.schema import RunConfig
 from pcscale.distributed.settings import read_engine_settings, without_replicated_bf16
@@ -85,12 +85,18 @@ def _open_base(source: BaseFolder, expected: dict[str, str] | None, config: RunC
 
 
 def build_training_parts(
-    setup: Setup, config: RunConfig, start: Start, folder: RunFolder, expected_codes: dict[str, str] | None = None
+    setup: Setup,
+    config: RunConfig,
+    start: Start,
+    folder: RunFolder,
+    expected_codes: dict[str, str] | None = None,
+    distillation: Distillation | None = None,
 ) -> tuple[NextTokenLoss, ProjectedAdamW]:
     """The compressed model at its start, with its loss, and the optimizer over it.
 
     Args:
         expected_codes: fingerprints that the 8-bit base must have, from a checkpoint.
+        distillation: how a teacher counts.
 
     Raises:
         BudgetError, RunError: pinned_memory or the disk is too small.
@@ -124,7 +130,7 @@ def build_training_parts(
         seed=config.seed,
         engine=_engine(setup, config, model),
     )
-    return NextTokenLoss(model), optimizer
+    return NextTokenLoss(model, distillation), optimizer
 
 
 def residency_of(config: RunConfig, folder: RunFolder, rank: int = 0) -> Residency:

@@ -10,6 +10,7 @@ from torch import nn
 from pcscale.common.ledger import ledger
 from pcscale.memory.process import settle
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,29 @@ def training_step(
     micro_batches: Iterable[torch.Tensor],
     accumulation: int,
     max_grad_norm: float,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """Train on one batch, with several ranks on each one's part of it.
 
     Args:
         micro_batches: token ids `[B, T]`, equally large.
         accumulation: how many there are.
+        teacher: says beforehand what it would have said of all of them, in one pass of the base; None: there is none.
     """
     engine = optimizer.engine
     total = torch.zeros((), device=engine.device)
     if accumulation > 1:
         engine.hold_gradients()
-    for ids_BT in micro_batches:
+    batches = list(micro_batches)
+    said: list[tuple[torch.Tensor, ...]] = [() for _ in batches]
+    if teacher is not None:
+        with ledger.during("teach"):
+            said = teacher.says(batches)
+        settle(engine.device)
+    for position, ids_BT in enumerate(batches):
         with ledger.during("forward"):
-            loss = loss_module(ids_BT.to(engine.device))
+            loss = loss_module(ids_BT.to(engine.device), *(values.to(engine.device) for values in said[position]))
+        said[position] = ()  # It is not needed again.
         with ledger.during("backward"):
             engine.backward(loss, accumulation)
         total += loss.detach() / accumulation
