@@ -1,8 +1,8 @@
 """Plans for a budget, and whether they keep it. SmolLM2-135M cut to half on the host alone: `pcscale plan` names the
-least host memory that any settings need; with a tenth more it writes a run.yaml, which `pcscale compress` runs under
-that budget as the process's RLIMIT_DATA (it counts memory that is reserved but not written to as well). With 15 % less
-than the budget `plan` must refuse. The control takes the defaults under the same limit, with --force. Beside it the
-time of `plan` for a 70B model and a budget, interpreter start included."""
+least host memory that any settings need; with 15 % more it writes a run.yaml, which `pcscale compress` runs under that
+budget as the process's RLIMIT_DATA, which counts memory that is reserved but not written to as well: some 0.14 GiB.
+With 15 % less than the budget `plan` must refuse. The control takes the defaults under the same limit, with --force.
+Beside it the time of `plan` for a 70B model and a budget, interpreter start included."""
 
 import json
 import os
@@ -31,7 +31,7 @@ LLAMA_70B = {
 SHORT = ["max_steps=3", "calibration_tokens=4096", "eval_tokens=2048", "sequence_length=256", "keep_checkpoints=1"]
 REPOSITORY = Path(__file__).parents[1]
 DISK = "20GB"
-MORE, LESS = 1.10, 0.85
+MORE, LESS = 1.15, 0.85
 TOO_LITTLE = 700 * 2**20
 
 

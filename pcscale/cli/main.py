@@ -59,4 +59,6 @@ def run() -> None:
     # Torch reads it when it first allocates: a fresh tensor of some megabytes then costs a quarter of the page faults'
     # time (docs/decisions/0011). Linux only; elsewhere nobody reads it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Arrow, which reads text, would reserve a GiB by an allocator of its own, all of it against RLIMIT_DATA.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     app(prog_name="pcscale")

@@ -33,11 +33,11 @@ CUDA_CONTEXT_BYTES = 640 * MIB
 ALLOCATOR_BYTES = {"calibrate": 64 * MIB, "evaluate": 32 * MIB, "sweep": 56 * MIB}
 """What the C library's allocator keeps of freed tensors within a moment. It keeps none above 32 MiB, so this does not
 grow with the model; measured with `python -m benchmarks memory-plan`."""
-PIECES_SHARE, SMALL_PIECES_SHARE = 0.4, 0.68
-"""The same of holes between the activations of all layers, as a share of these; and where records of 4 bytes a value
-lie among them on the same host."""
-CHECKPOINTED_PIECES_BYTES = 90 * MIB
-"""The same between those of one layer."""
+PIECES_BYTES = 90 * MIB
+"""The same of holes between the activations of a layer."""
+PIECES_SHARE, SMALL_PIECES_SHARE = 0.34, 0.62
+"""With those of all layers kept, besides, as a share of them; and where records of 4 bytes a value lie among them on
+the same host."""
 BIRTH_BYTES = 192 * MIB
 """The same of what gradients that are born in a step of one micro batch leave to the sweep."""
 DEVICE_SLACK = 0.05
@@ -352,7 +352,7 @@ def _kept_by_allocator(moment: str, config: RunConfig, activation_bytes: int) ->
     if moment in ("forward", "backward"):
         among_small = config.residency == "device" and config.record_dtype == "bfloat16"
         share = SMALL_PIECES_SHARE if among_small else PIECES_SHARE
-        pieces = CHECKPOINTED_PIECES_BYTES if config.gradient_checkpointing else int(share * activation_bytes)
+        pieces = PIECES_BYTES + int(share * activation_bytes) * (not config.gradient_checkpointing)
         return min(pieces, BIRTH_BYTES) if alone else pieces
     return ALLOCATOR_BYTES.get(moment, 0) + BIRTH_BYTES * (alone and moment == "sweep")
 
