@@ -60,8 +60,10 @@ def training_step(
         with ledger.during("backward"):
             engine.backward(loss, accumulation)
         total += loss.detach() / accumulation
+        del loss
+        # Else holes between freed activations grow with every micro batch.
+        settle(engine.device)
     mean = engine.mean(total)
-    settle(engine.device)
     with ledger.during("sweep"):
         grad_norm = optimizer.clip_grad_norm_(max_grad_norm)
         skipped = not (math.isfinite(mean) and math.isfinite(grad_norm.item()))
