@@ -27,7 +27,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(line: str, message
     assert refusal(tmp_path, line + "\n") == message
 
 
-@pytest.mark.parametrize("key", ["distill", "optimizer", "learn_start"])
+@pytest.mark.parametrize("key", ["teach", "optimizer", "learn_start"])
 def test_a_setting_of_no_part_that_is_there_is_unknown(key: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, f"{key}: 1\n").startswith(f"{key} is not a setting. Did you mean ")
 
