@@ -25,13 +25,19 @@ REPEATS = 5
 SEQUENCE_LENGTH = 256
 
 
-def run(scratch: Path) -> list[Row]:
+def half_of_smollm2() -> tuple[MappedBase, NextTokenLoss, ProjectedAdamW]:
+    """The base, and the model at half of its parameters with its optimizer."""
     base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
     plan = plan_keep(base.family, base.config, 0.5)
-    kept = select(plan, random_scores(plan, seed=0))
-    start = start_tensors(plan, Start(kept), base.tensor)
-    loss_module = NextTokenLoss(build_compressed(plan, start, torch.device("cpu"), torch.float32))
-    projected = ProjectedAdamW(loss_module.model, plan, base, Start(kept), lr=1e-6)
+    start = Start(select(plan, random_scores(plan, seed=0)))
+    tensors = start_tensors(plan, start, base.tensor)
+    loss_module = NextTokenLoss(build_compressed(plan, tensors, torch.device("cpu"), torch.float32))
+    return base, loss_module, ProjectedAdamW(loss_module.model, plan, base, start, lr=1e-6)
+
+
+def run(scratch: Path) -> list[Row]:
+    base, loss_module, projected = half_of_smollm2()
+    plan = projected.plan
     plain = torch.optim.AdamW(loss_module.parameters(), lr=1e-6, fused=True)
     sweep_flops = plan.compose_flops + plan.pull_back_flops
     rows: list[Row] = []

@@ -9,20 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Row
-from pcscale.base.mapped import MappedBase
-from pcscale.base.resolve import resolve_base
-from pcscale.common.cache import cache_folder
+from benchmarks.step_time import half_of_smollm2
 from pcscale.common.ledger import ledger
-from pcscale.compressed.loss import NextTokenLoss
-from pcscale.compressed.model import build_compressed
-from pcscale.families.widths import plan_keep
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
 from pcscale.memory.series import Series
 from pcscale.memory.tracker import INTERVAL_SECONDS, Tracker
-from pcscale.projection.starts import Start, start_tensors
-from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.demo import fetch_smollm2
 
 REPEATS, STEPS = 8, 2
 SEQUENCES, SEQUENCE_LENGTH = 4, 256
@@ -32,12 +22,7 @@ EVENTS = 500
 
 
 def run(scratch: Path) -> list[Row]:
-    base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
-    plan = plan_keep(base.family, base.config, 0.5)
-    kept = select(plan, random_scores(plan, seed=0))
-    start = start_tensors(plan, Start(kept), base.tensor)
-    loss_module = NextTokenLoss(build_compressed(plan, start, torch.device("cpu"), torch.float32))
-    optimizer = ProjectedAdamW(loss_module.model, plan, base, Start(kept), lr=1e-6)
+    base, loss_module, optimizer = half_of_smollm2()
     ids_BT = torch.randint(base.config["vocab_size"], (SEQUENCES, SEQUENCE_LENGTH))
 
     def steps() -> None:

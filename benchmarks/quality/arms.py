@@ -20,7 +20,6 @@ SHARED = {
 HARD_PRUNING = {"method": "hard_prune"}
 OUR_START = {"start": "pca_least_squares", "importance": "energy"}
 OUR_RATES = {"projection_rates": "per_matrix"}
-FOUR_BYTES = {"record_dtype": "bfloat16", "moments": "8bit"}
 
 
 def alone(*rates: float) -> tuple[dict[str, float], ...]:
@@ -42,15 +41,13 @@ class Arm:
         rates: tried at half of the parameters with the first seed; the best one is taken for everything else.
         keeps: further shares of the parameters.
         seeds: further seeds at half of the parameters.
-        rates_of: the arm whose best rate this one takes instead of trying its own.
     """
 
     name: str
     settings: dict[str, Any]
-    rates: tuple[dict[str, float], ...] = ()
+    rates: tuple[dict[str, float], ...]
     keeps: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
-    rates_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,5 +89,3 @@ def others(arm: Arm, rates: dict[str, float]) -> Iterator[Job]:
         yield Job(arm.name, {**values, "keep": 0.5, "seed": seed})
     for keep in arm.keeps:
         yield Job(arm.name, {**values, "keep": keep, "seed": 0})
-    if not arm.rates:
-        yield Job(arm.name, {**values, "keep": 0.5, "seed": 0})

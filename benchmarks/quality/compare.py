@@ -43,9 +43,7 @@ def _jobs(scratch: Path, arm: Arm, rest: bool) -> Iterator[Job]:
 
 
 def best_trial(scratch: Path, arm: Arm) -> Result | None:
-    """The best of an arm's trials, once all of them are there; of an arm without, of the one whose rates it takes."""
-    if arm.rates_of is not None:
-        return best_trial(scratch, next(other for other in ARMS if other.name == arm.rates_of))
+    """The best of an arm's trials, once all of them are there: at half of the parameters, with the first seed."""
     found = [kept_result(scratch, job) for job in trials(arm)]
     known = [result for result in found if result is not None]
     return min(known, key=lambda result: result.last) if len(known) == len(found) else None
@@ -55,22 +53,11 @@ def _rates(job: Job) -> dict[str, float]:
     return {key: job.values[key] for key in ("learning_rate", "aux_learning_rate") if key in job.values}
 
 
-def _first(scratch: Path, arm: Arm) -> Result | None:
-    """At half of the parameters, with the first seed."""
-    if arm.rates:
-        return best_trial(scratch, arm)
-    best = best_trial(scratch, arm)
-    jobs = [] if best is None else others(arm, _rates(best.job))
-    return next(
-        (kept_result(scratch, job) for job in jobs if (job.values["keep"], job.values["seed"]) == (0.5, 0)), None
-    )
-
-
 def _best(scratch: Path) -> list[Row]:
     rows: list[Row] = []
-    control = _first(scratch, ARMS[0])
+    control = best_trial(scratch, ARMS[0])
     for arm in ARMS:
-        result = _first(scratch, arm)
+        result = best_trial(scratch, arm)
         if result is None or control is None:
             rows.append((f"50 %, {arm.name}", MISSING, ""))
             continue
@@ -90,8 +77,8 @@ def _best(scratch: Path) -> list[Row]:
 def _spread(scratch: Path) -> list[Row]:
     rows: list[Row] = []
     for arm in (arm for arm in ARMS if arm.seeds):
-        best, first = best_trial(scratch, arm), _first(scratch, arm)
-        results = [first]
+        best = best_trial(scratch, arm)
+        results = [best]
         if best is not None:
             jobs = [job for job in others(arm, _rates(best.job)) if job.values["seed"] in arm.seeds]
             results += [kept_result(scratch, job) for job in jobs]
@@ -127,7 +114,7 @@ def _plot(scratch: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for arm in ARMS:
-        result = _first(scratch, arm)
+        result = best_trial(scratch, arm)
         if result is not None:
             axes.plot(list(result.losses), list(result.losses.values()), marker="o", markersize=4, label=arm.name)
     axes.set_xlabel("tokens")

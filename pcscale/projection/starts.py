@@ -21,7 +21,7 @@ from pcscale.projection.record import FixedSides, FixedTensors, basis_name, scal
 from pcscale.projection.rounding import NoiseKey
 
 TIED_GAIN = 1.1
-"""Of the last norm where a rotated head is the embedding (measured on SmolLM2-135M: docs/recipe.md)."""
+"""Of the last norm where a rotated head is the embedding (found on SmolLM2-135M, and on no other base)."""
 _SMALLEST_GAMMA = 1e-3
 """Of the root mean square of a norm's weight: smaller entries are not divided by."""
 Blocks = Iterator[tuple[slice, torch.Tensor]]
