@@ -30,6 +30,7 @@ class Owner:
 
 @pytest.fixture
 def tracker() -> Tracker:
+    release_freed()  # What earlier tests have left would go meanwhile.
     return Tracker({}, Series())
 
 
@@ -53,7 +54,9 @@ def test_a_phase_has_the_peak_of_what_is_gone_when_it_ends(tracker: Tracker) -> 
     usage = tracker.phases["train"]
     assert usage.peak["host_anonymous"] - before == pytest.approx(SIZE, abs=SLACK)
     assert usage.components["host"][WORKING] == pytest.approx(SIZE, abs=SLACK)
-    assert usage.components["host"][LIBRARIES] == pytest.approx(before, abs=SLACK)
+    # Beside the libraries stands what other tests of this process keep and have entered.
+    assert sum(usage.components["host"].values()) == pytest.approx(before + SIZE, abs=SLACK)
+    assert 0 < usage.components["host"][LIBRARIES] <= before
     assert set(usage.peak) == set(PEAKS)
 
 

@@ -1,0 +1,1 @@
+"""What needs a GPU: skipped where there is none."""
