@@ -34,7 +34,9 @@ BENCHMARKS = {
     "budget": (budget, budget.run),
     "tracker": (tracker, tracker.run),
     "state-quality": (state_quality, state_quality.run),
-    "quality": (compare, compare.run),
+    "quality": (compare, compare.run_short),
+    "quality-long": (compare, compare.run_long),
+    "quality-longest": (compare, compare.run_longest),
     "ranks": (ranks, ranks.run),
     "gpu": (gpu, gpu.run),
 }
