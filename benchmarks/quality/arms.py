@@ -122,17 +122,22 @@ SHORT = Budget(
     },
 )
 LONG = Budget(
-    "2 M tokens",
+    "1 M tokens",
     {
         "sequence_length": 512,
         "eval_tokens": 65536,
-        "max_steps": 256,
+        "max_steps": 128,
         "per_device_train_batch_size": 16,
-        "warmup_steps": 20,
+        "warmup_steps": 12,
         "eval_steps": 16,
-        "save_steps": 256,
+        "save_steps": 128,
     },
-    (CONTROL, PUBLISHED, PRUNED, OURS),
+    (
+        replace(CONTROL, rates=alone(6e-4, 1.2e-3, 2.4e-3)),
+        replace(PUBLISHED, rates=alone(7.5e-5, 1.5e-4, 3e-4)),
+        replace(PRUNED, rates=alone(6e-4, 1.2e-3, 2.4e-3)),
+        replace(OURS, rates=pairs((1.2e-4, 1.2e-3), (3.6e-4, 1.2e-3), (2.4e-4, 2.4e-3))),
+    ),
     TEACHING,
 )
 LONGEST = replace(
@@ -147,7 +152,7 @@ LONGEST = replace(
         "save_steps": 1280,
     },
 )
-"""Each arm at the rate that was its best over 2 M tokens; the corpus of 4.6 M tokens is repeated."""
+"""Each arm at the rate that was its best over 1 M tokens; the corpus of 4.6 M tokens is repeated."""
 SEEDS, KEEPS = (1, 2), (0.7, 0.3)
 
 
