@@ -194,7 +194,8 @@ def allocator_snapshot(path: Path | None) -> Iterator[None]:
         return
     import torch
 
-    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+    # Frames of Python alone: unwinding those of C++ breaks the backward pass on some systems.
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
@@ -81,12 +82,18 @@ def fetch_smollm2(cache: Path) -> Path:
     if find_spec("gguf") is None:
         raise RequestError("the demo needs the package gguf to read its base. Run `pip install gguf`.")
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    with FileLock(cache / f".{BASE_NAME}.lock"):
+        if not folder.exists():  # Another process may have made it meanwhile.
+            _make_smollm2(folder)
+    return folder
+
+
+def _make_smollm2(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch_gguf(Path(scratch))
         console.say(f"turning {gguf.name} into a Hugging Face checkpoint")
         with published_folder(folder) as temporary:
             _convert(gguf, temporary)
-    return folder
 
 
 def _fetch_gguf(scratch: Path) -> Path:
