@@ -113,13 +113,13 @@ def read_json(path: Path) -> Any:
     """The JSON document in `path`.
 
     Raises:
-        RequestError: the file is absent or holds no JSON.
+        RequestError: the file is absent, cannot be read, or holds no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
         raise RequestError(f"{path} is not JSON ({error}). Restore the file.") from None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,11 @@ def time_unit(longest_seconds: float) -> tuple[float, str]:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """The figure as a PNG file. Letters that the font lacks are boxes."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=PLOT_DPI)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.savefig(image, format="png", dpi=PLOT_DPI)
     return image.getvalue()
 
 

@@ -1,7 +1,6 @@
 """What a run folder holds, read once and checked: the input of every report."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pcscale.config.schema import RunConfig
 SETTINGS_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
 _MAY_BE_NONE = ("loss", "grad_norm", "eval_loss")
+_TOO_LARGE = 1e300  # JSON's integers may be past what a float holds
 _WITHOUT_SERIES = "Restore the file, or delete it for a report without memory over time."
 
 
@@ -144,7 +144,7 @@ def _sample(value: Any, where: str) -> Sample:
 
 def is_number(value: Any) -> bool:
     """Whether a value out of JSON is a number that can be counted with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
 
 
 def _read_steps(path: Path) -> tuple[Step, ...]:

@@ -150,6 +150,11 @@ def test_a_place_that_the_picture_must_not_have_is_refused(
     assert snapshot(tmp_path) == before
 
 
+def test_a_name_in_letters_that_the_font_lacks_is_no_warning(pair: list[Path], tmp_path: Path) -> None:
+    run = write_compared(tmp_path / "測試")
+    assert write_comparison([*pair, run], tmp_path / "plot.png")["runs"][2]["label"] == "測試"
+
+
 def test_a_refused_comparison_leaves_the_old_picture(pair: list[Path], tmp_path: Path) -> None:
     (tmp_path / "plot.png").write_text("years of work")
     (pair[1] / "evaluation.json").unlink()

@@ -140,6 +140,8 @@ def test_a_metrics_line_that_is_no_step_is_refused(run: Path, line: str, problem
         ("tokens", "many", "its tokens is 'many', expected a number"),
         ("seconds", None, "its seconds is None, expected a number"),
         ("learning_rate", True, "its learning_rate is True, expected a number"),
+        ("tokens", 10**400, "its tokens is 10+, expected a number"),
+        ("eval_loss", float("inf"), "its eval_loss is inf, expected a number"),
         ("eval_loss", float("nan"), "its eval_loss is nan, expected a number"),
         ("loss", [3.0], r"its loss is \[3\.0\], expected a number"),
     ],
@@ -151,4 +153,11 @@ def test_a_metrics_line_with_a_value_that_is_no_number_is_refused(
     rows[3][key] = value
     write_metrics(run, rows)
     with pytest.raises(RequestError, match=rf"metrics\.jsonl line 4 is not a step: {problem}\. Restore the file\.$"):
+        read_run(run)
+
+
+def test_a_folder_in_place_of_a_document_is_refused(run: Path) -> None:
+    (run / "evaluation.json").unlink()
+    (run / "evaluation.json").mkdir()
+    with pytest.raises(RequestError, match=r"evaluation\.json is not JSON \(\[Errno 21\] Is a directory"):
         read_run(run)
