@@ -10,7 +10,7 @@ from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_js
 
 @command
 def main(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of finished runs, two or more.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN", help="Folders of finished runs, two or more.")],
     output: Annotated[Path, typer.Option(help="The PNG file to write; one that is there is replaced.")] = Path(
         "compare.png"
     ),
@@ -18,16 +18,18 @@ def main(
     quiet: QuietFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Held-out loss against tokens and against time, peak memory, sizes, seeds, and the settings that differ.
+    """Held-out loss by tokens and by time, peak memory, and the settings that differ.
 
-    Differences are from the first run. The loss at equal tokens is that at the most tokens that all runs were evaluated
-    at (where no evaluation meets another: that all have reached), the loss at equal time that at the longest training
-    that all have reached; between two evaluations it lies on a straight line. The start counts as 0 tokens, 0 seconds.
-    Seconds are those of steps, without evaluations and checkpoints. Losses are of the model in training; rounding to
-    the merged model's dtype comes after. Peak memory is the highest of the whole run.
+    Differences are from the first run. The start counts as 0 tokens, 0 seconds.
+    Equal tokens: the most that all runs were evaluated at or, where no evaluation
+    meets another, the most that all have reached. Equal time: the longest
+    training that all have reached. Between two evaluations the loss lies on a
+    straight line. Seconds count steps, not evaluations and checkpoints. Losses
+    are of the model in training, before merging rounds it to its dtype. Peak
+    memory is the highest of the whole run.
 
-    Runs must have the same tokenizer, sequence length, held-out text and training text; base, steps and all other
-    settings may differ.
+    Runs must have the same tokenizer, sequence length, held-out text and training
+    text; base, number of steps and all other settings may differ.
     """
     from pcscale.reporting.compare import difference_rows, loss_rows, run_rows
     from pcscale.reporting.compare_plot import write_comparison

@@ -18,6 +18,7 @@ from pcscale.reporting.table import ABSENT, Table, format_difference
 
 MEMORIES = {"host_anonymous_bytes": "host memory", "device_bytes": "device memory"}
 _MODELS = ("base", "start", "compressed")
+_AT_EQUAL = {"tokens": "at_equal_tokens", "seconds": "at_equal_seconds"}
 _OF_A_MACHINE = ("cpu", "cores", "gpu")
 
 
@@ -64,9 +65,6 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
         "settings": differing([_settings(data.config) for data in runs]),
         "machine": differing([{key: machine.get(key) for key in _OF_A_MACHINE} for machine in known]),
     }
-
-
-_AT_EQUAL = {"tokens": "at_equal_tokens", "seconds": "at_equal_seconds"}
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -192,6 +190,7 @@ def _describe(label: str, data: RunData, curve: dict[str, list[Any]], equal: dic
             "base": evaluation["base"]["loss"],
             "start": evaluation["start"]["loss"],
             "final": curve["loss"][-1],
+            "merged": evaluation["compressed"]["loss"],
             **{key: float(np.interp(equal[axis], curve[axis], curve["loss"])) for axis, key in _AT_EQUAL.items()},
         },
         "curve": curve,

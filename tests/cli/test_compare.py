@@ -96,7 +96,8 @@ def test_the_document_agrees_with_the_files_of_the_runs(runs: dict[str, Path], o
         assert run["peak"]["host_anonymous_bytes"] == report["peak"]["host_anonymous"]["measured_bytes"]
         assert run["parameters"] == report["evaluation"]["compressed"]["parameters"]
         assert run["loss"]["final"] == found["loss"][-1]
-        assert run["loss"]["final"] == pytest.approx(report["evaluation"]["compressed"]["loss"], abs=1e-5)
+        assert run["loss"]["merged"] == report["evaluation"]["compressed"]["loss"]
+        assert run["loss"]["merged"] == pytest.approx(run["loss"]["final"], abs=1e-5)
         for key, axis in AT_EQUAL.items():
             assert run["loss"][key] == pytest.approx(np.interp(equal[axis], found[axis], found["loss"]))
     first, second = (run["loss"] for run in document["runs"])
@@ -167,7 +168,7 @@ def test_what_must_not_be_compared_is_refused_and_no_picture_is_written(
 
 
 def test_no_run_at_all_is_a_wrong_command_line() -> None:
-    assert refusal("compare") == "Missing argument 'RUN RUN...'. `pcscale compare --help` lists what there is."
+    assert refusal("compare") == "Missing argument 'RUN RUN'. `pcscale compare --help` lists what there is."
 
 
 def test_a_stopped_run_is_refused_with_the_way_to_go_on(
@@ -194,5 +195,5 @@ def test_a_stopped_run_is_refused_with_the_way_to_go_on(
 
 def test_the_help_says_how_losses_are_compared() -> None:
     text = " ".join(invoke("compare", "--help").stdout.split())
-    assert "between two evaluations it lies on a straight line" in text
+    assert "Between two evaluations the loss lies on a straight line" in text
     assert "The start counts as 0 tokens, 0 seconds" in text
