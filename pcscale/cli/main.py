@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pcscale.cli import calibrate, compress, demo, evaluate, merge, plan, report, verify
+from pcscale.cli import calibrate, compare, compress, demo, evaluate, merge, plan, report, verify
 
 _UsageError: Any = typer.BadParameter.__base__  # Click's own, wherever this version of typer keeps it.
 
@@ -45,6 +45,7 @@ for name, module in (
     ("evaluate", evaluate),
     ("verify", verify),
     ("report", report),
+    ("compare", compare),
 ):
     app.command(name)(module.main)
 

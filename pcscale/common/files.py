@@ -86,12 +86,17 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text`, in UTF-8, in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step."""
     temporary = temporary_beside(path)
     with said_plainly(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             publish(temporary, path)
@@ -108,13 +113,13 @@ def read_json(path: Path) -> Any:
     """The JSON document in `path`.
 
     Raises:
-        RequestError: the file is absent or holds no JSON.
+        RequestError: the file is absent, cannot be read, or holds no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
         raise RequestError(f"{path} is not JSON ({error}). Restore the file.") from None
 
 

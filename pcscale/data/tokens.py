@@ -17,6 +17,7 @@ from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe, documents
+from pcscale.data.token_file import KEY, TOKENIZER, TOKENS_NAME, TRAIN, VALIDATION
 from pcscale.storage.hashing import fingerprint
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader
@@ -25,7 +26,6 @@ from pcscale.storage.writer import write_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENS_NAME = "tokens.safetensors"
 _PIECE_CHARACTERS = 1_000_000
 _PIECE_TOKENS = 262_144
 # Where a long document may be cut, best first, and how many of these characters stay on the left. A space goes with
@@ -198,7 +198,8 @@ def prepare_tokens(
     key = _key(config, tokenizer, vocab_size)
     if _stored_key(file) != key:
         train_NT, validation_MT = _make_sequences(config, tokenizer, train_sequences, vocab_size)
-        write_tensors(file, {"train": train_NT, "validation": validation_MT}, {"key": key})
+        metadata = {KEY: key, TOKENIZER: _tokenizer_fingerprint(tokenizer)}
+        write_tensors(file, {TRAIN: train_NT, VALIDATION: validation_MT}, metadata)
     return _read(file)
 
 
@@ -212,20 +213,25 @@ def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: in
     return fingerprint(json.dumps([sources, sizes, _eos(tokenizer), identity], sort_keys=True).encode())
 
 
+def _tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What makes text of token ids: runs over the same ids with the same vocabulary are over the same text."""
+    return fingerprint(json.dumps([_eos(tokenizer), tokenizer.get_vocab()], sort_keys=True).encode())
+
+
 def _stored_key(file: Path) -> str | None:
     """The key of the file that is there; None: there is none that can be used."""
     try:
-        return read_header(file)[1].get("key")
+        return read_header(file)[1].get(KEY)
     except RequestError:
         return None
 
 
 def _read(file: Path) -> TokenSets:
     reader = TensorReader(read_header(file)[0])
-    tensors = {name: reader.tensor(name) for name in ("train", "validation")}
+    tensors = {name: reader.tensor(name) for name in (TRAIN, VALIDATION)}
     parts = [[name, list(tensor.shape), fingerprint(reader.data(name))] for name, tensor in tensors.items()]
     reader.close()
-    return TokenSets(tensors["train"], tensors["validation"], fingerprint(json.dumps(parts).encode()))
+    return TokenSets(tensors[TRAIN], tensors[VALIDATION], fingerprint(json.dumps(parts).encode()))
 
 
 def _make_sequences(

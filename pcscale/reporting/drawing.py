@@ -1,6 +1,8 @@
 """What every plot of a report shares: colours, axes, and series cut to a bounded size. Drawn without pyplot."""
 
+import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 
 GIB = 2**30
 MAX_POINTS = 1_000
+PLOT_DPI = 180
 
 # Okabe and Ito's colours, told apart with any colour vision. Neighbours in a stack differ in lightness, for grey print.
 BLUE, VERMILLION, SKY, AMBER = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
@@ -63,6 +66,22 @@ def dress(axes: Axes, title: str, pad: float = 8.0) -> None:
 def filled(colour: str, hatch: str, edge: str = "white") -> dict[str, Any]:
     """The look of an area or a bar, for matplotlib; the hatch has the colour of the edge."""
     return {"facecolor": colour, "hatch": hatch, "edgecolor": edge}
+
+
+def time_unit(longest_seconds: float) -> tuple[float, str]:
+    """Seconds of the unit that suits a time axis, and its name."""
+    if longest_seconds < 300:
+        return 1.0, "seconds"
+    return (60.0, "minutes") if longest_seconds < 3 * 3600 else (3600.0, "hours")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file. Letters that the font lacks are boxes."""
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure.savefig(image, format="png", dpi=PLOT_DPI)
+    return image.getvalue()
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -32,6 +32,7 @@ from pcscale.reporting.drawing import (
     dress,
     filled,
     new_figure,
+    time_unit,
 )
 from pcscale.reporting.run_data import RunData, Sample
 
@@ -114,9 +115,8 @@ def _times(samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
     seconds = np.array([sample.seconds for sample in samples] or [0.0], dtype=float)
     steps = np.diff(seconds, prepend=seconds[0])
     seconds += np.cumsum(np.where(steps < 0, -steps, 0.0))
-    if seconds[-1] < 300:
-        return seconds, "seconds"
-    return (seconds / 60, "minutes") if seconds[-1] < 3 * 3600 else (seconds / 3600, "hours")
+    divisor, unit = time_unit(seconds[-1])
+    return seconds / divisor, unit
 
 
 def _held(sample: Sample, home: str) -> dict[str, int]:

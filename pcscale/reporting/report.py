@@ -1,18 +1,14 @@
 """report.html, report.json and plots of a run, written into its folder."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from pcscale.common.files import publish, said_plainly, temporary_beside, write_json, write_text
+from pcscale.common.files import said_plainly, write_bytes, write_json, write_text
 from pcscale.reporting import side_by_side
+from pcscale.reporting.drawing import png
 from pcscale.reporting.page import render_page
 from pcscale.reporting.plots import PLOTS, figures
 from pcscale.reporting.run_data import RunData, read_run
-
-PLOT_DPI = 180
 
 
 def write_report(run: Path) -> dict[str, Any]:
@@ -26,13 +22,14 @@ def write_report(run: Path) -> dict[str, Any]:
     """
     data = read_run(run)
     report = summarize(data)
-    images = {name: _png(figure) for name, figure in figures(data)}
+    images = {name: png(figure) for name, figure in figures(data)}
     for name in PLOTS:
         path = run / "plots" / f"{name}.png"
-        if name in images:
-            _write_image(path, images[name])
-        else:
-            with said_plainly(path):
+        with said_plainly(path):
+            if name in images:
+                path.parent.mkdir(exist_ok=True)
+                write_bytes(path, images[name])
+            else:
                 path.unlink(missing_ok=True)
     write_text(run / "report.html", render_page(data, report, images))
     write_json(run / "report.json", report)
@@ -49,8 +46,8 @@ def summarize(data: RunData) -> dict[str, Any]:
         "plan": data.plan,
         "evaluation": {key: data.evaluation.get(key) for key in ("base", "start", "compressed")},
         "peak": {
-            "host_anonymous": _highest(phases, "host_anonymous"),
-            "device": _highest(phases, "device") if on_device else None,
+            "host_anonymous": side_by_side.highest(phases, "host_anonymous"),
+            "device": side_by_side.highest(phases, "device") if on_device else None,
         },
         "phases": phases,
         "written_bytes_per_step": step_bytes["written"],
@@ -76,29 +73,3 @@ def _training(data: RunData, moved: dict[str, Any]) -> dict[str, Any]:
         "moved_bytes_per_step": moved["measured_bytes"],
         "least_moved_bytes_per_step": (moved["predicted_bytes"] or 0) if data.plan else None,
     }
-
-
-def _highest(phases: dict[str, Any], memory: str) -> dict[str, int | None]:
-    peaks = [phase[memory] for phase in phases.values() if phase[memory]]
-    return {
-        key: max((peak[key] for peak in peaks if peak[key] is not None), default=None)
-        for key in ("predicted_bytes", "measured_bytes")
-    }
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=PLOT_DPI)
-    return image.getvalue()
-
-
-def _write_image(path: Path, image: bytes) -> None:
-    temporary = temporary_beside(path)
-    with said_plainly(path):
-        path.parent.mkdir(exist_ok=True)
-        try:
-            temporary.write_bytes(image)
-            publish(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise

@@ -1,7 +1,6 @@
 """What a run folder holds, read once and checked: the input of every report."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from pcscale.config.schema import RunConfig
 
 SETTINGS_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
+_MAY_BE_NONE = ("loss", "grad_norm", "eval_loss")
+_TOO_LARGE = 1e300  # JSON's integers may be past what a float holds
 _WITHOUT_SERIES = "Restore the file, or delete it for a report without memory over time."
 
 
@@ -130,19 +131,20 @@ def _sample(value: Any, where: str) -> Sample:
         found = f"has only {', '.join(value) or 'nothing'}" if isinstance(value, dict) else f"is {value!r}"
         raise RequestError(f"{where} {found}, expected {', '.join(names)}. {_WITHOUT_SERIES}")
     sample = Sample(*(value[name] for name in names))
-    if not _is_number(sample.seconds):
+    if not is_number(sample.seconds):
         raise RequestError(f"{where}: seconds is {sample.seconds!r}, expected a number. {_WITHOUT_SERIES}")
     if not isinstance(sample.phase, str) or not isinstance(sample.moment, str | None):
         found = f"phase is {sample.phase!r} and moment {sample.moment!r}"
         raise RequestError(f"{where}: {found}, expected a name and a name or null. {_WITHOUT_SERIES}")
     for home, held in (("host", sample.host), ("device", sample.device)):
-        if not isinstance(held, dict) or not all(_is_number(num_bytes) for num_bytes in held.values()):
+        if not isinstance(held, dict) or not all(is_number(num_bytes) for num_bytes in held.values()):
             raise RequestError(f"{where}: {home} is {held!r}, expected bytes by component. {_WITHOUT_SERIES}")
     return sample
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value out of JSON is a number that can be counted with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
 
 
 def _read_steps(path: Path) -> tuple[Step, ...]:
@@ -158,11 +160,13 @@ def _read_steps(path: Path) -> tuple[Step, ...]:
         except (KeyError, TypeError, AttributeError) as error:
             problem = f"it has no {error}" if isinstance(error, KeyError) else "it is not a JSON object"
             raise RequestError(f"{path} line {number} is not a step: {problem}. Restore the file.") from None
+        except ValueError as error:
+            raise RequestError(f"{path} line {number} is not a step: {error}. Restore the file.") from None
     return tuple(steps)
 
 
 def _step(value: Any) -> Step:
-    return Step(
+    step = Step(
         step=value["step"],
         tokens=value["tokens"],
         loss=value["loss"],
@@ -173,3 +177,7 @@ def _step(value: Any) -> Step:
         moved_bytes=value.get("moved_bytes", 0),
         skipped=value.get("skipped", False),
     )
+    for name, found in vars(step).items():
+        if not (is_number(found) or name == "skipped" or (found is None and name in _MAY_BE_NONE)):
+            raise ValueError(f"its {name} is {found!r}, expected a number")
+    return step

@@ -31,6 +31,20 @@ def phases(data: RunData) -> dict[str, Any]:
     return found
 
 
+def highest(phases: dict[str, Any], memory: str) -> dict[str, int | None]:
+    """The peak of a run, as predicted and as measured. Units: bytes.
+
+    Args:
+        phases: as `phases` gives them.
+        memory: `host_anonymous` or `device`.
+    """
+    peaks = [phase[memory] for phase in phases.values() if phase[memory]]
+    return {
+        key: max((peak[key] for peak in peaks if peak[key] is not None), default=None)
+        for key in ("predicted_bytes", "measured_bytes")
+    }
+
+
 def components(predicted: dict[str, Any], measured: dict[str, dict[str, int]]) -> dict[str, dict[str, Any]]:
     """The memory of a phase or moment by component, in stacking order.
 

@@ -12,7 +12,7 @@ from pcscale.common.errors import RequestError
 from pcscale.common.files import TEMPORARY_PREFIX, said_plainly, temporary_beside, write_text
 from pcscale.config.load import check_values, dump_run_config, read_values
 from pcscale.config.schema import RunConfig
-from pcscale.data.tokens import TOKENS_NAME
+from pcscale.data.token_file import TOKENS_NAME
 
 SETTINGS_NAME = "run.yaml"
 STEP_PREFIX = "step-"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pcscale.config.help import themed_fields
 from pcscale.config.schema import RunConfig
 from tests.training.runs import World, invoke, refusal, run_values, snapshot, write_yaml
 
-SUBCOMMANDS = ("plan", "compress", "demo", "calibrate", "merge", "evaluate", "verify", "report")
+SUBCOMMANDS = ("plan", "compress", "demo", "calibrate", "merge", "evaluate", "verify", "report", "compare")
 FLAGS = {
     "plan": ["--keep", "--target-params", "--hidden-size", "--intermediate-size"],
     "compress": ["--resume", "--dry-run"],
@@ -24,6 +25,7 @@ FLAGS = {
     "evaluate": ["--data", "--base"],
     "verify": [],
     "report": [],
+    "compare": ["--output"],
 }
 PLAN_KEYS = {"base", "compressed", "trainable", "flops", "moved", "memory", "peak"} | {
     "written_bytes_per_step",
@@ -69,10 +71,16 @@ def _commands(world: World, finished: Path, folder: Path) -> dict[str, list[str 
         "evaluate": ["evaluate", finished / "merged", "--base", world.base, *text],
         "verify": ["verify", finished],
         "report": ["report", finished],
+        "compare": ["compare", finished, _copy(finished, folder / "copy"), "--output", folder / "compare.png"],
     }
 
 
-JSON_COMMANDS = ("plan", "compress", "calibrate", "merge", "evaluate", "verify", "report")
+def _copy(run: Path, copy: Path) -> Path:
+    """A run without its weights."""
+    return Path(shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "merged")))
+
+
+JSON_COMMANDS = ("plan", "compress", "calibrate", "merge", "evaluate", "verify", "report", "compare")
 
 
 def test_the_help_lists_every_subcommand() -> None:
@@ -266,8 +274,6 @@ def test_any_other_failure_is_a_line_too(
 
 
 def test_verify_of_a_changed_merged_model_exits_1(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(finished, tmp_path / "run")

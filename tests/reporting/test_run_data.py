@@ -7,7 +7,16 @@ import pytest
 
 from pcscale.common.errors import RequestError
 from pcscale.reporting.run_data import read_run
-from tests.reporting.run_folder import EVALUATION, MEMORY, SKIPPED_STEP, STEPS, TOKENS_PER_STEP, metrics, write_document
+from tests.reporting.run_folder import (
+    EVALUATION,
+    MEMORY,
+    SKIPPED_STEP,
+    STEPS,
+    TOKENS_PER_STEP,
+    metrics,
+    write_document,
+    write_metrics,
+)
 
 
 def test_a_finished_run_is_read_whole(run: Path) -> None:
@@ -122,4 +131,33 @@ def test_a_broken_metrics_line_in_the_middle_is_refused(run: Path) -> None:
 def test_a_metrics_line_that_is_no_step_is_refused(run: Path, line: str, problem: str) -> None:
     (run / "metrics.jsonl").write_text(f"{line}\n", encoding="utf-8")
     with pytest.raises(RequestError, match=f"line 1 is not a step: {problem}"):
+        read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("tokens", "many", "its tokens is 'many', expected a number"),
+        ("seconds", None, "its seconds is None, expected a number"),
+        ("learning_rate", True, "its learning_rate is True, expected a number"),
+        ("tokens", 10**400, "its tokens is 10+, expected a number"),
+        ("eval_loss", float("inf"), "its eval_loss is inf, expected a number"),
+        ("eval_loss", float("nan"), "its eval_loss is nan, expected a number"),
+        ("loss", [3.0], r"its loss is \[3\.0\], expected a number"),
+    ],
+)
+def test_a_metrics_line_with_a_value_that_is_no_number_is_refused(
+    run: Path, key: str, value: object, problem: str
+) -> None:
+    rows = metrics(STEPS)
+    rows[3][key] = value
+    write_metrics(run, rows)
+    with pytest.raises(RequestError, match=rf"metrics\.jsonl line 4 is not a step: {problem}\. Restore the file\.$"):
+        read_run(run)
+
+
+def test_a_folder_in_place_of_a_document_is_refused(run: Path) -> None:
+    (run / "evaluation.json").unlink()
+    (run / "evaluation.json").mkdir()
+    with pytest.raises(RequestError, match=r"evaluation\.json is not JSON \(\[Errno 21\] Is a directory"):
         read_run(run)

@@ -1,0 +1,70 @@
+"""The file that holds a run's tokens, as far as it says what two runs have in common. Needs no torch.
+
+Shapes: N train sequences, M held-out sequences, T tokens in a sequence.
+"""
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcscale.common.errors import RequestError
+from pcscale.storage.hashing import fingerprint
+from pcscale.storage.index import TensorEntry, read_header
+
+TOKENS_NAME = "tokens.safetensors"
+TRAIN, VALIDATION = "train", "validation"
+KEY, TOKENIZER = "key", "tokenizer"
+"""What its header says beside the tensors: what they were made of, and whose ids they are, both as fingerprints."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The token file of a run.
+
+    Attributes:
+        train: int32 `[N, T]`.
+        validation: int32 `[M, T]`.
+        tokenizer: fingerprint of the vocabulary and the end of a document. With it and the ids the text is the same.
+    """
+
+    train: TensorEntry
+    validation: TensorEntry
+    tokenizer: str
+
+    @property
+    def sequence_length(self) -> int:
+        return self.train.shape[1]
+
+
+def read_token_file(run: Path) -> TokenFile:
+    """The header of the token file in a run folder.
+
+    Raises:
+        RequestError: it is missing or broken, or from before tokenizers were told apart.
+    """
+    file = run / TOKENS_NAME
+    entries, metadata = read_header(file)
+    train, validation = entries.get(TRAIN), entries.get(VALIDATION)
+    if train is None or validation is None or any(len(entry.shape) != 2 for entry in (train, validation)):
+        raise RequestError(f"{file} does not hold the sequences {TRAIN} and {VALIDATION}. Restore the file.")
+    if TOKENIZER not in metadata:
+        raise RequestError(
+            f"{file} does not say which tokenizer made it: it was written by an earlier version. Run it anew."
+        )
+    return TokenFile(train, validation, metadata[TOKENIZER])
+
+
+def sequences_fingerprint(entry: TensorEntry, count: int) -> str:
+    """Of the first sequences of a tensor of the token file. Memory: file-backed.
+
+    Args:
+        count: of sequences, at most as many as there are.
+    """
+    num_bytes = entry.num_bytes * count // max(entry.shape[0], 1)
+    with (
+        entry.file.open("rb") as handle,
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as whole,
+        whole[entry.start : entry.start + num_bytes] as part,
+    ):
+        return fingerprint(part)
