@@ -110,14 +110,21 @@ def _texts(rows: Iterator[Any], where: str) -> Iterator[str]:
             yield text
 
 
-def _load(path: str, **options: Any) -> Any:
-    """A streaming data set. Progress and errors are ours to show, so the library shows neither."""
+def silence_datasets() -> None:
+    """Progress and errors are ours to show, so the library shows neither."""
     import datasets.config
 
     # It counts each use with a web request, for local files too; without a network that waits for seconds.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
+
+
+def _load(path: str, **options: Any) -> Any:
+    """A streaming data set."""
+    import datasets
+
+    silence_datasets()
     return datasets.load_dataset(path, split="train", streaming=True, **options)
 
 

@@ -30,6 +30,25 @@ def comparison_rows(evaluation: dict[str, Any]) -> Table:
     return columns, rows
 
 
+def task_rows(evaluation: dict[str, Any]) -> Table:
+    """Columns and rows of downstream tasks: every metric of each with its standard error, and their mean.
+
+    Args:
+        evaluation: `compressed`, and `base` where there is one, each with `tasks` and `mean_accuracy`.
+    """
+    columns = ["task", "metric", "compressed", "±", "base", "±", "vs base", "samples"]
+    results, base = evaluation["compressed"], evaluation.get("base")
+    rows = []
+    for name, result in results["tasks"].items():
+        other = base["tasks"][name] if base else {}
+        metrics = (key for key in result if key != "samples" and "_stderr" not in key)
+        rows += [[name, metric, *_score_cells(result, other, metric), f"{result['samples']:,}"] for metric in metrics]
+    means = [{"mean": model["mean_accuracy"]} if model else {} for model in (results, base)]
+    if len(results["tasks"]) > 1 and means[0]["mean"] is not None:
+        rows.append(["mean", "acc_norm, or acc", *_score_cells(means[0], means[1], "mean"), ""])
+    return columns, rows
+
+
 def phase_rows(phases: dict[str, Any], kind: str = "phase") -> Table:
     """Columns and rows of time and peak memory, predicted beside measured.
 
@@ -84,6 +103,18 @@ def pair_cells(pair: dict[str, Any] | None) -> list[str]:
     predicted, measured = (pair[key] if pair else None for key in ("predicted_bytes", "measured_bytes"))
     cells = [ABSENT if size_bytes is None else format_bytes(size_bytes) for size_bytes in (measured, predicted)]
     return [*cells, format_percent(difference(predicted, measured))]
+
+
+def _score_cells(result: dict[str, Any], base: dict[str, Any], metric: str) -> list[str]:
+    """Value and standard error of the model and of the base, and the difference of the values."""
+    name, comma, chosen = metric.partition(",")
+    stderr = f"{name}_stderr{comma}{chosen}"
+    cells = [_score(model.get(key)) for model in (result, base) for key in (metric, stderr)]
+    return [*cells, format_difference(result[metric] - base[metric]) if metric in base else ABSENT]
+
+
+def _score(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.4f}"
 
 
 def _perplexity(value: float) -> str:

@@ -1,8 +1,11 @@
 """The jobs behind `calibrate`, `evaluate` and `verify`: parts of the whole, each on its own."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +20,16 @@ from pcscale.config.load import check_values, read_values
 from pcscale.config.schema import RunConfig
 from pcscale.data.tokens import count_text_bytes, load_tokenizer, read_sequences
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
+from pcscale.evaluation.tasks import TaskRequest
 from pcscale.families.hf_config import read_config
 from pcscale.families.plan import Plan
 from pcscale.memory.process import AnonymousPeak
 from pcscale.merging.verify import check_bytes, check_models
 from pcscale.training.folder import RunFolder
 from pcscale.training.pipeline import calibration_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _device() -> torch.device:
@@ -56,11 +63,18 @@ def calibrate(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def evaluate(model_folder: Path, base_name: str | None, config: RunConfig) -> dict[str, Any]:
-    """The held-out result of a checkpoint folder, with the base's under `base` where one is named.
+def evaluate(
+    model_folder: Path, base_name: str | None, text: RunConfig | None, request: TaskRequest | None = None
+) -> dict[str, Any]:
+    """The results of a checkpoint folder, with the base's under `base` where one is named.
+
+    Args:
+        text: the held-out text, in `data.train`; None: none is asked for.
+        request: downstream tasks; None likewise. For these the base is held in memory whole, as every model is.
 
     Raises:
-        RequestError: the two do not share a vocabulary, so that their losses could not be compared.
+        RequestError: the two do not share a vocabulary, so that their losses could not be compared; or tasks are
+            asked for and lm_eval is not installed.
     """
     model_config = read_config(model_folder)
     base = MappedBase(resolve_base(base_name)) if base_name else None
@@ -69,18 +83,43 @@ def evaluate(model_folder: Path, base_name: str | None, config: RunConfig) -> di
         raise RequestError(
             f"{model_folder} has a vocabulary of {vocab_size}, {base_name} one of {_vocab(base)}. Name its own base."
         )
-    tokenizer = load_tokenizer(model_folder, config.trust_remote_code)
-    count = max(1, config.eval_tokens // config.sequence_length)
-    ids_MT = read_sequences("--data", config.data.train, tokenizer, config.sequence_length, count, vocab_size)
-    held_out = HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), tokenizer))
-    batch = config.per_device_train_batch_size
+    tokenizer = load_tokenizer(model_folder, trust_remote_code=False)
+    held_out = _held_out(text, tokenizer, vocab_size) if text else None
+    run = _task_runner(request) if request else None
     model = load_stock(model_folder, _device(), torch.float32)
-    result: dict[str, Any] = asdict(evaluate_model(model, held_out, batch, "evaluate"))
+    result: dict[str, Any] = {}
+    if text and held_out:
+        result |= asdict(evaluate_model(model, held_out, text.per_device_train_batch_size, "evaluate"))
+    if run:
+        result |= run(model, tokenizer, "tasks")
+    del model
     if base:
-        whole = Plan(base.family, base.config, base.config["hidden_size"], base.config["intermediate_size"])
-        found = evaluate_base(base, whole.base_parameters, held_out, batch, _device(), torch.float32)
-        result["base"] = asdict(found)
+        result["base"] = {}
+        if text and held_out:
+            whole = Plan(base.family, base.config, base.config["hidden_size"], base.config["intermediate_size"])
+            batch = text.per_device_train_batch_size
+            found = evaluate_base(base, whole.base_parameters, held_out, batch, _device(), torch.float32)
+            result["base"] |= asdict(found)
+        if run:
+            stock = load_stock(base.folder, _device(), torch.float32)
+            result["base"] |= run(stock, load_tokenizer(base.folder, trust_remote_code=False), "tasks, base")
     return result
+
+
+def _held_out(text: RunConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> HeldOut:
+    count = max(1, text.eval_tokens // text.sequence_length)
+    ids_MT = read_sequences("--data", text.data.train, tokenizer, text.sequence_length, count, vocab_size)
+    return HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), tokenizer))
+
+
+def _task_runner(request: TaskRequest) -> Callable[["PreTrainedModel", "PreTrainedTokenizerBase", str], dict[str, Any]]:
+    """What runs the tasks on a model; their data is read now."""
+    if find_spec("lm_eval") is None:
+        raise RequestError("--tasks needs the package lm_eval. Run `pip install 'pcscale[eval]'`.")
+    from pcscale.evaluation.harness import load_tasks, run_tasks
+
+    tasks = load_tasks(request)
+    return partial(run_tasks, tasks, request)
 
 
 def verify(run: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ FLAGS = {
     "demo": ["--output"],
     "calibrate": ["--data", "--output"],
     "merge": ["--base", "--output", "--max-shard-size", "--max-memory", "--dtype", "--resume"],
-    "evaluate": ["--data", "--base"],
+    "evaluate": ["--data", "--base", "--tasks", "--num-fewshot", "--limit"],
     "verify": [],
     "report": [],
     "compare": ["--output"],
@@ -104,7 +104,11 @@ def test_every_subcommand_has_help_with_its_flags_and_those_of_all(subcommand: s
 
 @pytest.mark.parametrize(
     ("subcommand", "group", "flag"),
-    [("plan", "Size of the compressed model", "--target-params"), ("merge", "Size", "--max-shard-size")],
+    [
+        ("plan", "Size of the compressed model", "--target-params"),
+        ("merge", "Size", "--max-shard-size"),
+        ("evaluate", "Downstream tasks", "--limit"),
+    ],
 )
 def test_help_is_grouped_by_theme(subcommand: str, group: str, flag: str) -> None:
     text = invoke(subcommand, "--help").stdout

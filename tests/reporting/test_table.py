@@ -1,6 +1,6 @@
 """Rows of text that the page and the terminal share."""
 
-from pcscale.reporting.table import comparison_rows, memory_rows, phase_rows, plan_rows
+from pcscale.reporting.table import comparison_rows, memory_rows, phase_rows, plan_rows, task_rows
 from tests.reporting.run_folder import EVALUATION, PLAN
 
 
@@ -19,6 +19,33 @@ def test_without_the_base_nothing_is_relative_to_it() -> None:
 
 def test_without_models_there_are_no_rows() -> None:
     assert comparison_rows({})[1] == []
+
+
+TASKS = {
+    "tasks": {
+        "arc_easy": {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": 0.6, "acc_norm_stderr": 0.02, "samples": 2376},
+        "gsm8k": {"exact_match,strict": 0.1, "exact_match_stderr,strict": 0.03, "samples": 7},
+    },
+    "mean_accuracy": 0.6,
+}
+
+
+def test_tasks_are_compared_with_the_base_metric_by_metric() -> None:
+    one_less = {"arc_easy": TASKS["tasks"]["arc_easy"] | {"acc": 0.75}, "gsm8k": {"samples": 7}}
+    columns, rows = task_rows({"compressed": TASKS, "base": {"tasks": one_less, "mean_accuracy": 0.625}})
+    assert all(len(row) == len(columns) for row in rows)
+    assert rows == [
+        ["arc_easy", "acc", "0.5000", "0.0100", "0.7500", "0.0100", "-0.2500", "2,376"],
+        ["arc_easy", "acc_norm", "0.6000", "0.0200", "0.6000", "0.0200", "+0.0000", "2,376"],
+        ["gsm8k", "exact_match,strict", "0.1000", "0.0300", "–", "–", "–", "7"],
+        ["mean", "acc_norm, or acc", "0.6000", "–", "0.6250", "–", "-0.0250", ""],
+    ]
+
+
+def test_tasks_without_a_base_stand_alone_and_one_task_has_no_mean() -> None:
+    _, rows = task_rows({"compressed": TASKS | {"tasks": {"arc_easy": TASKS["tasks"]["arc_easy"]}}})
+    assert rows[0] == ["arc_easy", "acc", "0.5000", "0.0100", "–", "–", "–", "2,376"]
+    assert len(rows) == 2
 
 
 def test_a_phase_shows_predicted_beside_measured() -> None:

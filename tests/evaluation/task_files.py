@@ -1,0 +1,65 @@
+"""Small tasks in the harness's own form, with their data beside them."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_WORDS = ("fox", "dog", "river", "valley", "sea", "shells", "shore", "lazy", "brown", "jumps", "runs", "sells", "over")
+
+
+def documents(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions with three answers of different lengths, one of them called right."""
+    chance = random.Random(seed)
+    return [
+        {
+            "question": " ".join(chance.choices(_WORDS, k=chance.randint(3, 8))),
+            "answers": [" ".join(chance.sample(_WORDS, k=length)) for length in chance.sample((1, 2, 4), k=3)],
+            "right": chance.randrange(3),
+        }
+        for _ in range(count)
+    ]
+
+
+def write_task(folder: Path, name: str = "mine", count: int = 12, **changes: Any) -> Path:
+    """Write a multiple-choice task and its data; returns its file.
+
+    Args:
+        changes: keys of the file that differ; None leaves one out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in documents(count)))
+    values = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "right",
+        "doc_to_choice": "answers",
+        "metric_list": [
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+            {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+        ],
+    } | changes
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
+LAST_WORD = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "{{question.split(' ')[:-1]|join(' ')}}",
+    "doc_to_target": "{{' ' + question.split(' ')[-1]}}",
+    "doc_to_choice": None,
+    "target_delimiter": "",
+    "metric_list": [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    ],
+}
+"""Changes that make it a task like lambada."""
