@@ -194,8 +194,7 @@ def allocator_snapshot(path: Path | None) -> Iterator[None]:
         return
     import torch
 
-    # Frames of Python alone: unwinding those of C++ breaks the backward pass on some systems.
-    torch.cuda.memory._record_memory_history(stacks="python", max_entries=SNAPSHOT_ENTRIES)
+    torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     try:
         yield
     finally:

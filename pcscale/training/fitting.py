@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError
@@ -170,6 +172,12 @@ def check_requests(setup: Setup, config: RunConfig, folder: RunFolder) -> None:
         raise BudgetError(f"max_memory {config.max_memory} is too small for the merge: give at least {least} bytes.")
     if config.memory_snapshot and setup.device.type == "cpu":
         raise RequestError("memory_snapshot records a GPU's allocator, and there is no GPU here. Remove it.")
+    if config.memory_snapshot and torch.__version__.startswith("2.11."):
+        # github.com/pytorch/pytorch/issues/179536
+        raise RequestError(
+            f"torch {torch.__version__} fails in the backward pass while its allocator is recorded. "
+            "Use another version, or remove memory_snapshot."
+        )
     if config.base_precision == "int8" or config.moments == "8bit":
         require_bitsandbytes("base_precision int8" if config.base_precision == "int8" else "moments 8bit")
     if config.method == "projected":

@@ -1,13 +1,18 @@
 """What cannot fit is refused before any work, and begun all the same where the user insists."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from pcscale.common.errors import RequestError
 from pcscale.memory.limits import Limit
 from pcscale.training import fitting
-from tests.training.runs import World, invoke, run_values, write_yaml
+from pcscale.training.folder import RunFolder
+from pcscale.training.setup import prepare
+from tests.training.runs import World, invoke, run_config, run_values, write_yaml
 
 MIB = 2**20
 
@@ -74,3 +79,15 @@ def test_a_merge_that_cannot_be_written_is_found_at_step_0(
 
 def test_a_snapshot_needs_a_gpu(refuse: Callable[..., str]) -> None:
     assert "memory_snapshot records a GPU's allocator, and there is no GPU here" in refuse("memory_snapshot=true")
+
+
+def test_a_snapshot_is_refused_by_the_torch_that_fails_with_it(
+    monkeypatch: pytest.MonkeyPatch, world: World, run: Path
+) -> None:
+    config = run_config(world, run, memory_snapshot=True)
+    setup = replace(prepare(config), device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    with pytest.raises(RequestError, match=r"torch 2\.11\.0\+cu130 fails in the backward pass"):
+        fitting.check_requests(setup, config, RunFolder(run))
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    fitting.check_requests(setup, config, RunFolder(run))

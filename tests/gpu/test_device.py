@@ -90,6 +90,7 @@ def test_a_run_that_goes_on_takes_the_steps_of_one_that_did_not_stop(
     )
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="torch 2.11 cannot record its allocator")
 def test_a_snapshot_of_the_allocator_is_left_for_the_viewer(world: World, tmp_path: Path) -> None:
     compress(run_config(world, tmp_path / "run", memory_snapshot=True, max_steps=2))
     assert (tmp_path / "run" / "memory_snapshot.pickle").stat().st_size > 0
