@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pcscale.common.errors import RequestError
-from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
-
-_GROUPS: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConfig}
-"""Settings that hold settings of their own."""
+from pcscale.config.schema import GROUPS, RunConfig
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -118,7 +115,7 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_unknown(key: str) -> str:
     group, dot, inner = key.rpartition(".")
-    model = _GROUPS[group] if dot else RunConfig
+    model = GROUPS[group] if dot else RunConfig
     known = [*model.model_fields, "data.train", "data.validation"] if not dot else list(model.model_fields)
     nearest = difflib.get_close_matches(inner, known, n=1, cutoff=0.0)
     return f"{key} is not a setting. Did you mean '{group + dot}{nearest[0]}'?"

@@ -97,6 +97,10 @@ class DistillConfig(BaseModel):
         return self
 
 
+GROUPS: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConfig}
+"""Settings that hold settings of their own."""
+
+
 class RunConfig(BaseModel):
     """One run: what `pcscale compress` reads from run.yaml."""
 

@@ -84,11 +84,14 @@ class TeacherManifest:
         if version != FORMAT_VERSION:
             raise RequestError(f"{folder} has teacher format {version!r}, this version reads {FORMAT_VERSION}.")
         try:
-            return TypeAdapter(cls).validate_python(values)
+            found = TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
             raise RequestError(f"{path}: {where}: {problem['msg']}. The file was changed.") from None
+        if any(Path(name).name != name for name in found.shards):
+            raise RequestError(f"{path} names shards outside its folder. The file was changed.")
+        return found
 
     def write(self, folder: Path) -> None:
         write_json(folder / TEACHER_NAME, dataclasses.asdict(self))

@@ -257,6 +257,7 @@ def test_a_shard_that_is_missing_or_changed(refuse: Callable[..., str], taught: 
         ("format_version", 7, "{folder} has teacher format 7, this version reads 1."),
         ("top_k", "many", "{folder}/teacher.json: top_k: "),
         ("shards", None, "{folder}/teacher.json: shards: "),
+        ("shards", {"../other": "0"}, "{folder}/teacher.json names shards outside its folder. The file was changed."),
     ],
 )
 def test_a_teacher_json_that_was_changed(
