@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pcscale.config.schema import RunConfig
 
 _DEFAULT_TOP_K = 64
-_SETTINGS = "Settings: of a base they say what a run.yaml says, of a run.yaml they override it"
+_SETTINGS = "Settings: what a run.yaml says, or instead of it"
 
 
 @command

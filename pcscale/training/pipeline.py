@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,6 @@ from pcscale.common.units import parse_bytes
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import load_stock
 from pcscale.config.schema import RunConfig
-from pcscale.data.loader import sequences_seen
 from pcscale.data.text import describe
 from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens, wanted_sequences
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
@@ -44,7 +42,7 @@ from pcscale.training.loop import Training, evaluate_now, train
 from pcscale.training.processes import check_processes, processes, said_once
 from pcscale.training.setup import Setup, build_training_parts, prepare
 from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
-from pcscale.training.teacher import CachedTeacher, Teacher
+from pcscale.training.teacher import CachedTeacher, Teacher, find_taught
 from pcscale.training.teacher_cache import TeacherCache, open_cache
 from pcscale.training.trackers import check_trackers
 
@@ -185,15 +183,9 @@ class _Run:
 
     def find_taught(self) -> None:
         """Find in the cache, where the run has one, every sequence that it will train on."""
-        config, train_NT, topology = self.config, self.tokens.train_NT, self.setup.group.topology
-        if self.cache is None or config.distill is None:
-            return
-        count = config.max_steps * config.sequences_per_step * topology.world_size
-        seen_MT = train_NT[sequences_seen(len(train_NT), config.seed, count)]
-        more = f"pcscale teach {quote(str(self.folder.settings))} --tokens {train_NT.numel()}"
-        check = topology.local_rank == 0  # Once a host.
-        self.cached_teacher = CachedTeacher(self.cache, config.distill, seen_MT, more, check)
-        console.say(f"teacher: {len(seen_MT):,} sequences found in {self.cache.folder}")
+        if self.cache is not None:
+            topology, settings = self.setup.group.topology, self.folder.settings
+            self.cached_teacher = find_taught(self.cache, self.config, self.tokens.train_NT, topology, settings)
 
     def with_base(self, work: Callable[[], None]) -> None:
         """Do what only the first rank need do, on all ranks where they read the base together."""

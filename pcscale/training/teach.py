@@ -158,8 +158,8 @@ def _fill(
     each = _shard_sequences(manifest, model)
     shards = torch.tensor(missing).split(each)
     console.say(
-        f"{len(missing):,} of {len(ids_NT):,} sequences to ask the base about, in {len(shards)} shards of {each} "
-        "sequences; each of its weights is read once a shard"
+        f"{len(missing):,} of {len(ids_NT):,} sequences to ask the base about, {len(shards[0])} in a shard of "
+        f"{len(shards)}; each of its weights is read once a shard"
     )
     with said_plainly(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,19 @@
 """The frozen base as a teacher: a step's batches go through it layer by layer, or were given to it before the run."""
 
+from pathlib import Path
+from shlex import quote
+
 import torch
 
 from pcscale.base.forward import LayerMajorModel
 from pcscale.base.mapped import MappedBase
+from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import TEACHER, home_of, ledger
+from pcscale.common.topology import Topology
 from pcscale.compressed.loss import Distillation
-from pcscale.config.schema import DistillConfig
+from pcscale.config.schema import DistillConfig, RunConfig
+from pcscale.data.loader import sequences_seen
 from pcscale.memory.components import PLACE_BYTES
 from pcscale.training.teacher_cache import TeacherCache, sequence_key
 
@@ -95,3 +101,27 @@ class CachedTeacher:
 
 
 AnyTeacher = Teacher | CachedTeacher
+
+
+def find_taught(
+    cache: TeacherCache, config: RunConfig, train_NT: torch.Tensor, topology: Topology, run_yaml: Path
+) -> CachedTeacher:
+    """The teacher of a run, with every sequence that the run will train on.
+
+    Args:
+        run_yaml: the run's settings, for the command that adds what is missing.
+
+    Raises:
+        RequestError: a file of the cache is missing or was changed, or it lacks some of the sequences.
+    """
+    distill = config.distill
+    assert distill is not None
+    count = config.max_steps * config.sequences_per_step * topology.world_size
+    seen_MT = train_NT[sequences_seen(len(train_NT), config.seed, count)]
+    more = f"pcscale teach {quote(str(run_yaml))} --tokens {train_NT.numel()}"
+    if distill.top_k != cache.manifest.top_k:
+        more += f" --top-k {cache.manifest.top_k}"
+    check = topology.local_rank == 0  # Once a host.
+    teacher = CachedTeacher(cache, distill, seen_MT, more, check)
+    console.say(f"teacher: {len(seen_MT):,} sequences found in {cache.folder}")
+    return teacher

@@ -226,13 +226,14 @@ def test_settings_that_the_cache_was_not_made_with(refuse: Callable[..., str], w
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("top_k", "as_it_was_made"), [(TOP_K, ""), (3, f" --top-k {TOP_K}")])
 def test_sequences_that_are_missing_are_counted_and_the_command_that_is_named_adds_them(
-    refuse: Callable[..., str], world: World, run: Path, tmp_path: Path
+    top_k: int, as_it_was_made: str, refuse: Callable[..., str], world: World, run: Path, tmp_path: Path
 ) -> None:
     taught = tmp_path / "taught"
     teach(world, taught, "--tokens", str(30 * 24))
-    command = f"pcscale teach {run / 'run.yaml'} --tokens 960"
-    assert refuse(of(taught)) == (
+    command = f"pcscale teach {run / 'run.yaml'} --tokens 960{as_it_was_made}"
+    assert refuse(of(taught, top_k=top_k)) == (
         f"distill.cache {taught} lacks 10 of the 40 sequences that this run trains on. Add them: {command}"
     )
     assert invoke(*shlex.split(command)[1:]).exit_code == 0
