@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pcscale.config.help import default_text, themed_fields
-from pcscale.config.schema import DataConfig
+from pcscale.config.schema import GROUPS
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ROOT / "docs" / "settings.md"
@@ -33,9 +33,8 @@ def settings_page() -> str:
         lines += [f"## {theme.capitalize()}", "", "| key | default | what it does |", "|---|---|---|"]
         for name, field in fields.items():
             lines.append(f"| `{name}` | {default_text(field)} | {field.description} |")
-            if name == "data":
-                for inner, inner_field in DataConfig.model_fields.items():
-                    lines.append(f"| `data.{inner}` | {default_text(inner_field)} | {inner_field.description} |")
+            for inner, inner_field in GROUPS[name].model_fields.items() if name in GROUPS else ():
+                lines.append(f"| `{name}.{inner}` | {default_text(inner_field)} | {inner_field.description} |")
         lines.append("")
     return "\n".join(lines)
 

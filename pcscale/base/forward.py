@@ -52,6 +52,8 @@ class LayerMajorModel:
         self._norm = by_kind[Kind.NORM]
         self._head = by_kind.get(Kind.HEAD, self._embedding)
         self._arguments: dict[tuple[int, ...], _LayerArguments] = {}
+        self.read_bytes = 0
+        """Of the base's weights, so far; a lookup in the embedding aside."""
 
     def module(self, name: str) -> nn.Module:
         """The stock module of that dotted name, for hooks."""
@@ -129,6 +131,7 @@ class LayerMajorModel:
             float32, at that temperature; on the host.
         """
         head_VH = self.base.tensor(self._head.name)
+        self.read_bytes += head_VH.nbytes
         tops = [(hidden_BTH.new_empty(0), hidden_BTH.new_empty(0)) for hidden_BTH in hidden]
         log_sums = [torch.full(hidden_BTH.shape[:2], -torch.inf, device=self.device) for hidden_BTH in hidden]
         rows = max(1, LOGIT_BLOCK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
@@ -203,7 +206,10 @@ class LayerMajorModel:
     @contextmanager
     def _loaded(self, module: nn.Module, names: list[str], prefix: str) -> Iterator[None]:
         """Give a module its weights for the time of the block."""
-        tensors = {name.removeprefix(prefix): self.base.tensor(name).to(self.device, self.dtype) for name in names}
+        stored = {name.removeprefix(prefix): self.base.tensor(name) for name in names}
+        self.read_bytes += sum(tensor.nbytes for tensor in stored.values())
+        tensors = {name: tensor.to(self.device, self.dtype) for name, tensor in stored.items()}
+        del stored
         module.load_state_dict(tensors, strict=True, assign=True)
         try:
             yield

@@ -43,6 +43,7 @@ class MappedBase:
         self.weights = tuple(self.family.weights(self.config))
         self._reader = TensorReader(read_base_entries(self.folder, self.family, self.config))
         self._expected = dict(expected or {})
+        self._expected_by = "this checkpoint was trained on"
         self.fingerprints: dict[str, str] = {}
         """By tensor name, of the tensors read so far."""
         self.coded_fingerprints: dict[str, str] = {}
@@ -97,17 +98,20 @@ class MappedBase:
         expected = self._expected.get(name, found)
         if expected != found:
             raise RequestError(
-                f"{self._reader.entries[name].file}: {name} is not the weight this checkpoint was trained on "
+                f"{self._reader.entries[name].file}: {name} is not the weight {self._expected_by} "
                 f"(fingerprint {found[:12]}…, expected {expected[:12]}…). Use the same base and revision."
             )
 
-    def expect(self, fingerprints: Mapping[str, str]) -> None:
+    def expect(self, fingerprints: Mapping[str, str], by: str = "this checkpoint was trained on") -> None:
         """From now on this base must have these fingerprints.
+
+        Args:
+            by: whose they are, as it follows on "is not the weight".
 
         Raises:
             RequestError: a weight that was read already is another one.
         """
-        self._expected = dict(fingerprints)
+        self._expected, self._expected_by = dict(fingerprints), by
         for name, found in self.fingerprints.items():
             self._compare(name, found)
 

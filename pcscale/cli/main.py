@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pcscale.cli import calibrate, compare, compress, demo, evaluate, merge, plan, report, verify
+from pcscale.cli import calibrate, compare, compress, demo, evaluate, merge, plan, report, teach, verify
 
 _UsageError: Any = typer.BadParameter.__base__  # Click's own, wherever this version of typer keeps it.
 
@@ -41,6 +41,7 @@ for name, module in (
     ("compress", compress),
     ("demo", demo),
     ("calibrate", calibrate),
+    ("teach", teach),
     ("merge", merge),
     ("evaluate", evaluate),
     ("verify", verify),

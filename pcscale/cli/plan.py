@@ -199,7 +199,7 @@ def _print(document: dict[str, Any], base_config: dict[str, Any]) -> None:
         ["FLOPs of a sweep (once a step)", format_count(sweep)],
         ["FLOPs of a token", format_count(flops["train_per_token"])],
         ["tokens a step at which the sweep takes half of the time", format_count(sweep / flops["train_per_token"])],
-        ["moved to and from where the sweep works, a step", format_bytes(sum(document["moved"].values()))],
+        ["moved to where it computes and back, a step", format_bytes(sum(document["moved"].values()))],
         ["written to files, a step", format_bytes(document["written_bytes_per_step"])],
     ]
     if document["communicated_bytes_per_step"]:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pcscale.common.errors import RequestError
-from pcscale.config.schema import DataConfig, RunConfig
+from pcscale.config.schema import GROUPS, RunConfig
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -63,7 +63,9 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         group, dot, inner = key.partition(".")
         value = _parse_yaml(text, f"the value of {key}")
         if dot:
-            group_values = merged.setdefault(group, {})
+            if merged.get(group) is None:
+                merged[group] = {}
+            group_values = merged[group]
             if not isinstance(group_values, dict):
                 raise RequestError(f"{group} holds no settings of its own, so {key} cannot be set.")
             group_values[inner] = value
@@ -113,7 +115,7 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_unknown(key: str) -> str:
     group, dot, inner = key.rpartition(".")
-    model: type[BaseModel] = DataConfig if dot else RunConfig
+    model = GROUPS[group] if dot else RunConfig
     known = [*model.model_fields, "data.train", "data.validation"] if not dot else list(model.model_fields)
     nearest = difflib.get_close_matches(inner, known, n=1, cutoff=0.0)
     return f"{key} is not a setting. Did you mean '{group + dot}{nearest[0]}'?"

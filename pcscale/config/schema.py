@@ -86,6 +86,19 @@ class DistillConfig(BaseModel):
     top_k: Count | None = None
     """Count only so many of the base's most likely tokens, and all others as one: its head is then read in blocks, once
     a step. Absent: the whole distribution, with the base's head on the device. Units: tokens."""
+    cache: Annotated[str, Field(min_length=1)] | None = None
+    """A folder that `pcscale teach` filled with what the base says of this text: no step runs the base then. Needs
+    `distill.top_k`, and at most that of the folder. Absent: the base runs in every step."""
+
+    @model_validator(mode="after")
+    def _a_cache_holds_the_most_likely(self) -> "DistillConfig":
+        if self.cache is not None and self.top_k is None:
+            raise ValueError("a cache holds the base's most likely tokens alone: set top_k beside cache")
+        return self
+
+
+GROUPS: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConfig}
+"""Settings that hold settings of their own."""
 
 
 class RunConfig(BaseModel):
@@ -141,7 +154,7 @@ class RunConfig(BaseModel):
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
     """Peak rate of aux, norms and biases. Absent: `learning_rate`."""
     distill: DistillConfig | None = Field(default=None, json_schema_extra=_TRAINING)
-    """Let the base teach, one layer-major pass a step: `distill.weight`, `distill.temperature`, `distill.top_k`."""
+    """Let the base teach, by a layer-major pass in every step, or from a folder (`distill.cache`) without one."""
     projection_rates: Literal["uniform", "per_matrix"] = Field(default="uniform", json_schema_extra=_TRAINING)
     """`uniform` trains every projection at `learning_rate`, as published; `per_matrix` divides it by the mean norm of
     the base weight's rows (of its columns on the out side) where that is above 1: a step moves all weights alike."""

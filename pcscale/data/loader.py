@@ -27,6 +27,11 @@ def sequence_order(num_sequences: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_sequences, generator=torch.Generator().manual_seed(mixed))
 
 
+def sequences_seen(num_sequences: int, seed: int, count: int) -> Tensor:
+    """The sequences among the first `count` that a run sees, each once, int64."""
+    return sequence_order(num_sequences, seed, 0)[:count]
+
+
 def step_batches(
     train_NT: Tensor, step: int, sequences_per_step: int, batch_size: int, seed: int, topology: Topology = ONE_PROCESS
 ) -> Iterator[Tensor]:

@@ -40,6 +40,8 @@ PIECES_SHARE, SMALL_PIECES_SHARE = 0.34, 0.62
 the same host."""
 BIRTH_BYTES = 192 * MIB
 """The same of what gradients that are born in a step of one micro batch leave to the sweep."""
+PLACE_BYTES = 180
+"""Of a sequence's place in a teacher's cache, with its key: counted in tests/training/test_cached_teacher.py."""
 DEVICE_SLACK = 0.05
 """What a GPU's caching allocator loses between blocks, as a share of activations and temporaries. Assumed."""
 
@@ -95,7 +97,7 @@ def train_moments(plan: Plan, config: RunConfig, place: Place) -> dict[str, Part
     moments = {
         "start": _larger(_being_built(plan, config, place, held), held | _beginning(plan, config), place),
         "evaluate": before | {ACTIVATIONS: one_layer, LOGITS: _logits(plan, config, 2)},
-        **({"teach": before | said | _teaching(plan, config, place)} if config.distill is not None else {}),
+        **({"teach": before | said | _teaching(plan, config, place)} if config.distill else {}),
         "forward": before | said | {ACTIVATIONS: activations, LOGITS: _logits(plan, config, 2 + teacher_logits)},
         "backward": _larger(before | said | begins, full | ends, place) | _scattered(plan, place),
         "sweep": full | _visit(plan, config, place),
@@ -117,7 +119,12 @@ def _said(plan: Plan, config: RunConfig, place: Place) -> Parts:
 
 
 def _teaching(plan: Plan, config: RunConfig, place: Place) -> Parts:
-    """The base's pass over the tokens of a step: a layer, a batch that goes through it, and what waits."""
+    """The base's pass over the tokens of a step: a layer, a batch that goes through it, and what waits.
+
+    From a cache there is none: what is read of it is file-backed.
+    """
+    if config.distill is not None and config.distill.cache is not None:
+        return {}
     passing = _base_pass(plan, config, place, "teach")
     del passing[ledger.LIBRARIES], passing[ledger.CONTEXT]
     return passing | {LOGITS: _logits(plan, config, 2)}
@@ -230,6 +237,9 @@ def _held(plan: Plan, config: RunConfig, place: Place) -> Parts:
     if config.distill is not None and config.distill.top_k is None:
         value = 2 if place.on_gpu and config.bf16 else FLOAT_BYTES
         held[ledger.TEACHER] = Part("device", plan.base_sizes[VOCAB] * plan.base_sizes[RESIDUAL] * value)
+    if config.distill is not None and config.distill.cache is not None:
+        trained_on = config.max_steps * config.sequences_per_step * place.ranks
+        held[ledger.TEACHER] = Part("host", PLACE_BYTES * trained_on)
     held[ledger.DIRECT] = Part("device", direct * copies * FLOAT_BYTES)
     if config.method != "projected":
         return held

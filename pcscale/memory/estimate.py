@@ -103,14 +103,20 @@ def checkpoint_bytes(plan: Plan, config: RunConfig) -> int:
     return records + 3 * (plan.parameters - matrices) * FLOAT_BYTES + working.basis_bytes(plan) * config.rotates
 
 
-def moved_bytes(plan: Plan, config: RunConfig) -> dict[str, int]:
-    """The least that a step can move, over all ranks: each base weight once, each record in and out once."""
+def moved_bytes(plan: Plan, config: RunConfig, place: Place | None = None) -> dict[str, int]:
+    """The least that a step can move, over all ranks: each base weight once, each record in and out once.
+
+    With a teacher also what it reads: every rank the base's weights for its own tokens, or their part of a cache.
+    """
+    place = place or Place()
+    taught = working.taught_bytes(plan, config, 2 if place.on_gpu and config.bf16 else FLOAT_BYTES) * place.ranks
+    teacher = {"teacher": taught} if config.distill is not None else {}
     if config.method != "projected":
-        return {"base": 0, "records_read": 0, "records_written": 0}
+        return {"base": 0, "records_read": 0, "records_written": 0, **teacher}
     records = sum(record_bytes(planned, record_format(config)) * count for planned, count in plan.alike)
     records = 0 if config.residency == "device" else records
     base = 0 if config.base_home == "device" else _kept_base_bytes(plan, config)
-    return {"base": base, "records_read": records, "records_written": records}
+    return {"base": base, "records_read": records, "records_written": records, **teacher}
 
 
 def _kept_base_bytes(plan: Plan, config: RunConfig) -> int:
@@ -201,7 +207,7 @@ def plan_document(
             "pull_back_per_step": sum(pull_back_flops(*pair, config.product_rank) * count for pair, count in shapes),
             "train_per_token": plan.train_flops_per_token(config.sequence_length),
         },
-        "moved": moved_bytes(plan, config),
+        "moved": moved_bytes(plan, config, place),
         "written_bytes_per_step": written_bytes_per_step(plan, config),
         "communicated_bytes_per_step": communicated_bytes_per_step(plan, config, place),
         "step_seconds": step_seconds(plan, config, hardware, place.ranks, zero_stage) if hardware else None,

@@ -23,7 +23,7 @@ from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.spec import Kind
 from pcscale.memory.components import record_format
 from pcscale.memory.hardware import Dtype, Hardware
-from pcscale.memory.working import LOGIT_CHUNK_VALUES, kept_base_bytes, stored_bytes
+from pcscale.memory.working import LOGIT_CHUNK_VALUES, kept_base_bytes, stored_bytes, taught_bytes
 from pcscale.projection.layout import AUX, RecordFormat, record_bytes, trainable_values, value_shapes
 from pcscale.projection.owners import rounds
 
@@ -86,7 +86,7 @@ def forward_backward_flops(plan: Plan, config: RunConfig) -> float:
 
 def _teacher_flops(plan: Plan, config: RunConfig) -> int:
     """Of the base's forward for a token; its whole distribution is computed again in the backward pass."""
-    if config.distill is None:
+    if config.distill is None or config.distill.cache is not None:
         return 0
     linear = sum(math.prod(p.base_shape) * count for p, count in plan.alike if p.weight.kind is Kind.LINEAR)
     attention = plan.num_layers * plan.base_sizes[Q_HEADS] * config.sequence_length
@@ -131,11 +131,12 @@ class _Machine:
     def sweep_and_motion(self) -> tuple[float, float]:
         hardware, projected = self.hardware, self.config.method == "projected"
         groups = self.plan.alike if projected else ()
+        also = self._gradients_moved() + self._taught()
         direct = self.plan.parameters - sum(math.prod(planned.shape) * count for planned, count in groups)
         seconds = direct * hardware.update_seconds["float32/32bit"]
         seconds += self.gradient_bytes * CLIP_PASSES / hardware.memory_bandwidth
         if not projected:
-            return seconds * self.shared_by, self._gradients_moved()
+            return seconds * self.shared_by, also
         form = record_format(self.config)
         rank = self.config.product_rank
         costs = tuple((_flops(planned.base_shape, planned.shape, rank), count) for planned, count in groups)
@@ -148,7 +149,7 @@ class _Machine:
         moving = max(_over(turns, reads) + gathered, _over(turns, writes), _over(turns, disks))
         # Nothing is worked on while the first one comes and the last one goes.
         edges = reads[0] + writes[-1]
-        return seconds, max(edges, moving - seconds) + self._gradients_moved()
+        return seconds, max(edges, moving - seconds) + also
 
     def _visit(self, planned: PlannedWeight, form: RecordFormat) -> float:
         """The work on one matrix: products, updates, and what makes operands of what is kept in fewer bits."""
@@ -201,6 +202,15 @@ class _Machine:
         if self.config.gradient_home == "device" or not self.hardware.on_gpu:
             return 0.0
         return self.gradient_bytes * (self.config.gradient_accumulation_steps + 1) / self.hardware.bus_bandwidth
+
+    def _taught(self) -> float:
+        """Reading what teaches, as far as it takes longer than the base's own forward; of a cache all of it."""
+        value = 2 if self.hardware.on_gpu and self.config.bf16 else _BYTES["float32"]
+        read = taught_bytes(self.plan, self.config, value)
+        seconds = read * self.world_size / self.hardware.disk_read_bandwidth
+        seconds += read / self.hardware.bus_bandwidth * self.hardware.on_gpu
+        flops = self.config.tokens_per_step * _teacher_flops(self.plan, self.config)
+        return max(0.0, seconds - flops / self.hardware.training_rates[self.weight_dtype] * self.shared_by)
 
     def communication(self, zero_stage: int) -> float:
         """One reduction of the gradients and one broadcast of the weights at stage 0, twice that at stages 1 to 3

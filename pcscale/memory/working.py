@@ -16,6 +16,8 @@ LOGIT_CHUNK_VALUES = 2**23
 """compressed/loss.py and base/forward.py: logits that exist at a time."""
 HIDDEN_BUDGET_BYTES = 2**29
 """base/forward.py: hidden states that wait at a time."""
+CACHED_BYTES = 2
+"""training/teacher_cache.py: of a probability."""
 MERGE_BLOCK = 1024
 """Rows or columns that a merge composes at a time, whatever the matrix's size."""
 
@@ -31,6 +33,30 @@ def kept_base_bytes(planned: PlannedWeight, base_config: Config, config: RunConf
     if config.base_precision == "int8":
         return values + FLOAT_BYTES * -(-values // QUANTISED_BLOCK)
     return values * stored_bytes(base_config)
+
+
+def taught_bytes(plan: Plan, config: RunConfig, value: int) -> int:
+    """What one rank reads in a step to be taught: the base's weights once a pass, or its tokens of a cache.
+
+    Args:
+        value: bytes of a hidden state's value.
+    """
+    if config.distill is None:
+        return 0
+    sizes, top_k = plan.base_sizes, config.distill.top_k
+    if config.distill.cache is not None and top_k is not None:
+        return config.tokens_per_step * top_k * (CACHED_BYTES + token_bytes(sizes[VOCAB]))
+    batches = max(1, HIDDEN_BUDGET_BYTES // (micro_batch_tokens(config) * sizes[RESIDUAL] * value))
+    passes = -(-config.gradient_accumulation_steps // batches)
+    # Of the embedding only rows are looked up; where the whole distribution counts, the head stays on the device.
+    left_out = (not plan.tied) + (top_k is None)
+    values = plan.base_parameters - left_out * sizes[VOCAB] * sizes[RESIDUAL]
+    return passes * values * stored_bytes(plan.base_config)
+
+
+def token_bytes(vocab_size: int) -> int:
+    """Of a token id in a cache."""
+    return 2 if vocab_size <= 2**16 else 4
 
 
 def micro_batch_tokens(config: RunConfig) -> int:

@@ -36,7 +36,7 @@ class Step:
     eval_loss: float | None
     """On held-out text; None: not evaluated after this step. Units: nats per token."""
     moved_bytes: int
-    """Base weights and records moved to and from where the sweep works. Units: bytes."""
+    """Base weights and records moved to and from where the sweep works, and what a teacher read. Units: bytes."""
     skipped: bool
     """Loss or gradients were not finite, so nothing was updated."""
 

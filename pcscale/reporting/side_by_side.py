@@ -96,7 +96,7 @@ def step_seconds(data: RunData) -> dict[str, Any]:
 
 
 def bytes_per_step(data: RunData) -> dict[str, dict[str, Any]]:
-    """What a step moves to and from where the sweep works, writes to files, and communicates between ranks.
+    """What a step moves to where it computes and back, writes to files, and communicates between ranks.
 
     Checkpoints count as written. No run measures what it communicates.
 

@@ -28,7 +28,7 @@ from pcscale.training.interrupt import StopRequest
 from pcscale.training.schedule import rate_factor
 from pcscale.training.state import TrainingState, save_checkpoint
 from pcscale.training.step import training_step
-from pcscale.training.teacher import Teacher
+from pcscale.training.teacher import AnyTeacher
 from pcscale.training.trackers import open_trackers
 
 
@@ -49,7 +49,7 @@ class Training:
     train_NT: torch.Tensor
     validation_MT: torch.Tensor
     state: TrainingState
-    teacher: Teacher | None = None
+    teacher: AnyTeacher | None = None
 
     @property
     def sequences_per_step(self) -> int:
@@ -58,6 +58,11 @@ class Training:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.config.sequence_length
+
+    @property
+    def moved_bytes(self) -> int:
+        """What this rank has moved so far for sweeps and teacher."""
+        return self.optimizer.records.traffic.total + (self.teacher.read_bytes if self.teacher else 0)
 
 
 def train(training: Training) -> None:
@@ -128,7 +133,7 @@ def _take_step(training: Training) -> dict[str, Any]:
         config.seed,
         training.group.topology,
     )
-    moved_before = training.optimizer.records.traffic.total
+    moved_before = training.moved_bytes
     result = training_step(
         training.loss_module,
         training.optimizer,
@@ -148,7 +153,7 @@ def _take_step(training: Training) -> dict[str, Any]:
         "learning_rate": config.learning_rate * factor,
         "grad_norm": None if result.skipped else result.grad_norm,
         "seconds": time.monotonic() - started,
-        "moved_bytes": int(training.group.sum([training.optimizer.records.traffic.total - moved_before])[0]),
+        "moved_bytes": int(training.group.sum([training.moved_bytes - moved_before])[0]),
     }
     if result.skipped:
         row["skipped"] = True

@@ -23,7 +23,7 @@ from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import load_stock
 from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe
-from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens
+from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens, wanted_sequences
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.importance.select import select
 from pcscale.memory.limits import device_in_use, device_limit, host_in_use, host_limit
@@ -42,7 +42,8 @@ from pcscale.training.loop import Training, evaluate_now, train
 from pcscale.training.processes import check_processes, processes, said_once
 from pcscale.training.setup import Setup, build_training_parts, prepare
 from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
-from pcscale.training.teacher import Teacher
+from pcscale.training.teacher import CachedTeacher, Teacher, find_taught
+from pcscale.training.teacher_cache import TeacherCache, open_cache
 from pcscale.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class _Begun:
     document: dict[str, Any]
     checkpoint: Path | None
     manifest: Manifest | None
+    cache: TeacherCache | None
 
 
 def _begin(
@@ -104,6 +106,7 @@ def _begin(
     if checkpoint and manifest:
         check_checkpoint(manifest, setup.plan, config.method, setup.base)
         check_batch(checkpoint, config, Topology.launched().world_size)
+    cache = open_cache(config, setup.base, manifest)
     tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
     for sources in (config.data.train, config.data.validation or []):
         describe(sources)
@@ -112,14 +115,14 @@ def _begin(
     check_requests(setup, config, folder)
     document = predict(setup, config)
     check_fit(document, setup, config, folder, force)
-    return _Begun(setup, tokenizer, document, checkpoint, manifest)
+    return _Begun(setup, tokenizer, document, checkpoint, manifest, cache)
 
 
 def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
     """Everything after the checks: the first rank writes the run folder; all of them train."""
     group, checkpoint, manifest = begun.setup.group, begun.checkpoint, begun.manifest
     folder = first_alone(group, lambda: open_run(config, resume))
-    run = _Run(config, folder, begun.setup, begun.tokenizer)
+    run = _Run(config, folder, begun.setup, begun.tokenizer, begun.cache)
 
     def first_results() -> None:
         if not checkpoint:
@@ -132,6 +135,7 @@ def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
     # The other ranks find the tokens that the first one has prepared.
     first_alone(group, first_results)
     together(group, lambda: None if group.topology.is_first else run.prepare_tokens())
+    together(group, run.find_taught)
     if checkpoint and manifest:
         together(group, lambda: check_text(checkpoint, run.tokens.fingerprint))
         start = Start(read_fixed(checkpoint, manifest))
@@ -154,6 +158,8 @@ class _Run:
     folder: RunFolder
     setup: Setup
     tokenizer: "PreTrainedTokenizerBase"
+    cache: TeacherCache | None = None
+    cached_teacher: CachedTeacher | None = None
 
     def __post_init__(self) -> None:
         phases = read_json(self.folder.usage)["phases"] if self.folder.usage.exists() else {}
@@ -167,14 +173,19 @@ class _Run:
 
     def prepare_tokens(self) -> None:
         config = self.config
-        per_step = config.sequences_per_step * self.setup.group.topology.world_size
-        wanted = max(config.max_steps * per_step, config.calibration_tokens // config.sequence_length)
+        wanted = wanted_sequences(config, self.setup.group.topology.world_size)
         vocab_size = self.setup.base.config["vocab_size"]
         self.tokens = prepare_tokens(config, self.tokenizer, self.folder.path, wanted, vocab_size)
         console.say(
             f"data: {self.tokens.train_NT.numel():,} training tokens, "
             f"{self.tokens.validation_MT.numel():,} held-out tokens"
         )
+
+    def find_taught(self) -> None:
+        """Find in the cache, where the run has one, every sequence that it will train on."""
+        if self.cache is not None:
+            topology, settings = self.setup.group.topology, self.folder.settings
+            self.cached_teacher = find_taught(self.cache, self.config, self.tokens.train_NT, topology, settings)
 
     def with_base(self, work: Callable[[], None]) -> None:
         """Do what only the first rank need do, on all ranks where they read the base together."""
@@ -261,8 +272,8 @@ class _Run:
         """Model and optimizer at their start, or where the checkpoint left them."""
         config, setup, group = self.config, self.setup, self.setup.group
         expected_codes = manifest.coded_fingerprints if manifest else None
-        teacher = None
-        if config.distill is not None:
+        teacher = self.cached_teacher
+        if config.distill is not None and teacher is None:
             teacher = Teacher(setup.base, config.distill, setup.device, setup.base_dtype)
         distillation = teacher and teacher.distillation
 

@@ -10,7 +10,7 @@ from torch import nn
 from pcscale.common.ledger import ledger
 from pcscale.memory.process import settle
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.teacher import Teacher
+from pcscale.training.teacher import AnyTeacher
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ def training_step(
     micro_batches: Iterable[torch.Tensor],
     accumulation: int,
     max_grad_norm: float,
-    teacher: Teacher | None = None,
+    teacher: AnyTeacher | None = None,
 ) -> StepResult:
     """Train on one batch, with several ranks on each one's part of it.
 
     Args:
         micro_batches: token ids `[B, T]`, equally large.
         accumulation: how many there are.
-        teacher: says beforehand what it would have said of all of them, in one pass of the base; None: there is none.
+        teacher: says beforehand what there is to say of all of them; None: there is none.
     """
     engine = optimizer.engine
     total = torch.zeros((), device=engine.device)

@@ -1,12 +1,21 @@
-"""The frozen base as a teacher: all micro batches of a step go through it layer by layer, each weight read once."""
+"""The frozen base as a teacher: a step's batches go through it layer by layer, or were given to it before the run."""
+
+from pathlib import Path
+from shlex import quote
 
 import torch
 
 from pcscale.base.forward import LayerMajorModel
 from pcscale.base.mapped import MappedBase
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError
 from pcscale.common.ledger import TEACHER, home_of, ledger
+from pcscale.common.topology import Topology
 from pcscale.compressed.loss import Distillation
-from pcscale.config.schema import DistillConfig
+from pcscale.config.schema import DistillConfig, RunConfig
+from pcscale.data.loader import sequences_seen
+from pcscale.memory.components import PLACE_BYTES
+from pcscale.training.teacher_cache import TeacherCache, sequence_key
 
 
 class Teacher:
@@ -29,6 +38,11 @@ class Teacher:
             ledger.keep(self, TEACHER, home_of(device), head_VH.nbytes)
         self.distillation = Distillation(settings.weight, settings.temperature, head_VH)
 
+    @property
+    def read_bytes(self) -> int:
+        """Of the base's weights, so far."""
+        return self._model.read_bytes
+
     def says(self, batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """Of each batch `[B, T]` what `NextTokenLoss` takes, on the host."""
         settings, said = self._settings, []
@@ -38,3 +52,76 @@ class Teacher:
             else:
                 said += self._model.most_likely(hidden, settings.top_k, settings.temperature)
         return said
+
+
+class CachedTeacher:
+    """What the base has said before, found by the token ids of a sequence.
+
+    Args:
+        cache: where it is kept.
+        settings: of run.yaml; `top_k` is the cache's or less.
+        seen_MT: token ids of every sequence that will be asked for.
+        more: the command that adds what is missing, for errors.
+        check: compare the cache's files with their fingerprints first.
+
+    Raises:
+        RequestError: a file of the cache is missing or was changed, or it lacks some of the sequences.
+
+    Memory: some 180 bytes a sequence, and what is said of the step's tokens, on the host; the cache is file-backed.
+    """
+
+    def __init__(
+        self, cache: TeacherCache, settings: DistillConfig, seen_MT: torch.Tensor, more: str, check: bool
+    ) -> None:
+        assert settings.top_k is not None
+        if check:
+            cache.check(f"Remove it and make it again: {more}")
+        wanted = {sequence_key(ids_T) for ids_T in seen_MT}
+        self._cache, self._top_k = cache, settings.top_k
+        self._places = {key: place for key, place in cache.places() if key in wanted}
+        missing = len(wanted) - len(self._places)
+        if missing:
+            raise RequestError(
+                f"distill.cache {cache.folder} lacks {missing:,} of the {len(wanted):,} sequences that this run "
+                f"trains on. Add them: {more}"
+            )
+        ledger.keep(self, TEACHER, "host", PLACE_BYTES * len(self._places))
+        self.distillation = Distillation(settings.weight, settings.temperature)
+        self.read_bytes = 0
+
+    def says(self, batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """Of each batch `[B, T]` the most likely tokens, int32 `[B, T, k]`, and logarithms, float32, on the host."""
+        said = []
+        for ids_BT in batches:
+            kept = [self._cache.said(self._places[sequence_key(ids_T)], self._top_k) for ids_T in ids_BT]
+            self.read_bytes += sum(tensor.nbytes for pair in kept for tensor in pair)
+            top_BTk = torch.stack([top_Tk.int() for top_Tk, _ in kept])
+            said.append((top_BTk, torch.stack([log_p_Tk.float() for _, log_p_Tk in kept])))
+        return said
+
+
+AnyTeacher = Teacher | CachedTeacher
+
+
+def find_taught(
+    cache: TeacherCache, config: RunConfig, train_NT: torch.Tensor, topology: Topology, run_yaml: Path
+) -> CachedTeacher:
+    """The teacher of a run, with every sequence that the run will train on.
+
+    Args:
+        run_yaml: the run's settings, for the command that adds what is missing.
+
+    Raises:
+        RequestError: a file of the cache is missing or was changed, or it lacks some of the sequences.
+    """
+    distill = config.distill
+    assert distill is not None
+    count = config.max_steps * config.sequences_per_step * topology.world_size
+    seen_MT = train_NT[sequences_seen(len(train_NT), config.seed, count)]
+    more = f"pcscale teach {quote(str(run_yaml))} --tokens {train_NT.numel()}"
+    if distill.top_k != cache.manifest.top_k:
+        more += f" --top-k {cache.manifest.top_k}"
+    check = topology.local_rank == 0  # Once a host.
+    teacher = CachedTeacher(cache, distill, seen_MT, more, check)
+    console.say(f"teacher: {len(seen_MT):,} sequences found in {cache.folder}")
+    return teacher

@@ -15,12 +15,13 @@ from pcscale.config.help import themed_fields
 from pcscale.config.schema import RunConfig
 from tests.training.runs import World, invoke, refusal, run_values, snapshot, write_yaml
 
-SUBCOMMANDS = ("plan", "compress", "demo", "calibrate", "merge", "evaluate", "verify", "report", "compare")
+SUBCOMMANDS = ("plan", "compress", "demo", "calibrate", "teach", "merge", "evaluate", "verify", "report", "compare")
 FLAGS = {
     "plan": ["--keep", "--target-params", "--hidden-size", "--intermediate-size"],
     "compress": ["--resume", "--dry-run"],
     "demo": ["--output"],
     "calibrate": ["--data", "--output"],
+    "teach": ["--data", "--output", "--sequence-length", "--top-k", "--temperature", "--tokens"],
     "merge": ["--base", "--output", "--max-shard-size", "--max-memory", "--dtype", "--resume"],
     "evaluate": ["--data", "--base", "--tasks", "--num-fewshot", "--limit"],
     "verify": [],
@@ -45,6 +46,10 @@ MERGE_KEYS = {
     "peak_anonymous_bytes",
     "max_memory_bytes",
 }
+TEACH_KEYS = {"output", "sequences", "added", "tokens", "shards", "bytes", "bytes_per_token"} | {
+    "seconds",
+    "peak_anonymous_bytes",
+}
 EVALUATION_KEYS = {"loss", "perplexity", "bits_per_byte", "tokens", "parameters", "tokens_per_second"}
 
 
@@ -67,6 +72,7 @@ def _commands(world: World, finished: Path, folder: Path) -> dict[str, list[str 
         "plan": ["plan", world.base],
         "compress": ["compress", yaml],
         "calibrate": ["calibrate", world.base, "--output", folder / "scores.safetensors", *text],
+        "teach": ["teach", world.base, "--output", folder / "taught", "--top-k", "5", "--tokens", "480", *text],
         "merge": ["merge", _last_checkpoint(finished), "--base", world.base, "--output", folder / "merged"],
         "evaluate": ["evaluate", finished / "merged", "--base", world.base, *text],
         "verify": ["verify", finished],
@@ -80,7 +86,7 @@ def _copy(run: Path, copy: Path) -> Path:
     return Path(shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "merged")))
 
 
-JSON_COMMANDS = ("plan", "compress", "calibrate", "merge", "evaluate", "verify", "report", "compare")
+JSON_COMMANDS = ("plan", "compress", "calibrate", "teach", "merge", "evaluate", "verify", "report", "compare")
 
 
 def test_the_help_lists_every_subcommand() -> None:
@@ -178,6 +184,15 @@ def test_json_of_calibrate_names_what_it_wrote(world: World, finished: Path, tmp
     assert (tmp_path / "scores.safetensors").stat().st_size > 0
     assert document["scores"]["residual"] == [32]
     assert document["tokens"] > 0
+
+
+def test_json_of_teach_names_what_it_kept(world: World, finished: Path, tmp_path: Path) -> None:
+    document = _json(*_commands(world, finished, tmp_path)["teach"])
+    assert set(document) == TEACH_KEYS
+    found = {key: document[key] for key in ("output", "sequences", "added", "tokens", "shards")}
+    assert found == {"output": str(tmp_path / "taught"), "sequences": 20, "added": 20, "tokens": 480, "shards": 1}
+    (shard,) = (tmp_path / "taught").glob("*.safetensors")
+    assert document["bytes"] == shard.stat().st_size == 480 * document["bytes_per_token"]
 
 
 def test_json_of_verify_says_that_all_checks_passed(finished: Path) -> None:

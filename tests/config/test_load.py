@@ -88,6 +88,10 @@ def test_an_argument_reaches_into_a_group(tmp_path: Path) -> None:
 def test_an_argument_makes_a_group_that_the_file_lacks(tmp_path: Path) -> None:
     path = yaml_file(tmp_path, needed="base: b\noutput: o\n")
     assert load_run_config(path, ["data.train=x.txt"]).data.train == ["x.txt"]
+    # A dumped run says null where there is none.
+    distill = load(tmp_path, "distill: null\n", "distill.weight=0.25").distill
+    assert distill is not None
+    assert distill.weight == 0.25
 
 
 def test_arguments_leave_the_values_they_are_put_into_alone() -> None:

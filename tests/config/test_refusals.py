@@ -34,6 +34,7 @@ def test_a_setting_of_no_part_that_is_there_is_unknown(key: str, tmp_path: Path)
 
 def test_an_unknown_key_in_a_group_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
     assert refusal(tmp_path, "", "data.trian=x") == "data.trian is not a setting. Did you mean 'data.train'?"
+    assert refusal(tmp_path, "", "distill.cach=x") == "distill.cach is not a setting. Did you mean 'distill.cache'?"
 
 
 def test_an_unknown_argument_is_refused_like_an_unknown_key(tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""What the base says of a text, in a folder: its most likely next tokens, for every run on that text.
+
+    TEACHER_FOLDER/  teacher.json  shard-00000.safetensors …
+
+A shard holds `keys` [N, 16], `ids` and `log_probabilities` [N, T, k]. A sequence is found by the hash of its token ids,
+so the order, the batches, the epochs and the ranks are those of each run (docs/decisions/0015).
+
+Legend: N sequences, T tokens of a sequence, k most likely tokens.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from pcscale.base.mapped import MappedBase
+from pcscale.checkpoint.manifest import Manifest
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError
+from pcscale.common.files import read_json, write_json
+from pcscale.config.schema import RunConfig
+from pcscale.memory.working import token_bytes
+from pcscale.storage.hashing import fingerprint, fingerprint_file
+from pcscale.storage.index import TensorEntry, read_header
+from pcscale.storage.reader import TensorReader
+from pcscale.storage.writer import write_tensors
+
+TEACHER_NAME = "teacher.json"
+FORMAT_VERSION = 1
+LOG_DTYPE = torch.float16
+"""Of logarithms of probabilities: a relative error of 2^-11, and no text makes one below its range that matters."""
+KEYS, IDS, LOG_PROBABILITIES = "keys", "ids", "log_probabilities"
+_KEY_BYTES = 16
+
+Place = tuple[str, int]
+"""A shard, and the row of a sequence in it."""
+
+
+def sequence_key(ids_T: torch.Tensor) -> bytes:
+    """What stands for a sequence: a hash of its token ids as int32."""
+    return bytes.fromhex(fingerprint(ids_T.int().contiguous().numpy().data))
+
+
+@dataclass(frozen=True)
+class TeacherManifest:
+    """The contents of teacher.json.
+
+    Attributes:
+        base_name, base_revision, base_config, base_fingerprints: as in a checkpoint's manifest.
+        sequence_length: T.
+        top_k: k.
+        temperature: what logits were divided by before the softmax.
+        dtype: what the base ran in.
+        shards: fingerprints of the files, by name.
+    """
+
+    base_name: str
+    base_revision: str | None
+    base_config: dict[str, Any]
+    base_fingerprints: dict[str, str]
+    sequence_length: int
+    top_k: int
+    temperature: float
+    dtype: str
+    shards: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, folder: Path) -> "TeacherManifest":
+        """The manifest of a teacher's folder.
+
+        Raises:
+            RequestError: the folder is none, or one of another format.
+        """
+        path = folder / TEACHER_NAME
+        if not path.is_file():
+            raise RequestError(f"{folder} holds no {TEACHER_NAME}. Fill it with `pcscale teach`, or name one that is.")
+        values = read_json(path)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise RequestError(f"{folder} has teacher format {version!r}, this version reads {FORMAT_VERSION}.")
+        try:
+            found = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise RequestError(f"{path}: {where}: {problem['msg']}. The file was changed.") from None
+        if any(Path(name).name != name for name in found.shards):
+            raise RequestError(f"{path} names shards outside its folder. The file was changed.")
+        return found
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / TEACHER_NAME, dataclasses.asdict(self))
+
+    def check(self, folder: Path, base: MappedBase, **wanted: tuple[str, Any]) -> None:
+        """Refuse a folder that was made from another base, or in another way.
+
+        Args:
+            wanted: by attribute, the setting and its value.
+
+        Raises:
+            RequestError: with both values.
+        """
+        if self.base_config != base.config:
+            raise RequestError(
+                f"{folder} was made from {self.base_name}, whose config.json is not that of {base.folder}. "
+                "Use the same base and revision, or name another folder."
+            )
+        for attribute, (setting, value) in wanted.items():
+            found = getattr(self, attribute)
+            if found != value:
+                raise RequestError(
+                    f"{setting} is {value}, {folder} was made with {found}. Set that, or name another folder."
+                )
+
+
+class TeacherCache:
+    """A teacher's folder, to be read. Memory: file-backed."""
+
+    def __init__(self, folder: Path, manifest: TeacherManifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._reader = TensorReader({})
+
+    def check(self, remedy: str) -> None:
+        """Compare every file with its fingerprint.
+
+        Args:
+            remedy: what to do about one that is missing or changed.
+
+        Raises:
+            RequestError: there is such a file.
+        """
+        sizes = {name: _size(self.folder / name) for name in self.manifest.shards}
+        with console.progress("check teacher", sum(sizes.values()) / 2**20, "MiB") as progress:
+            for name, expected in self.manifest.shards.items():
+                path = self.folder / name
+                if not path.is_file():
+                    raise RequestError(f"{path} is missing. {remedy}")
+                if fingerprint_file(path) != expected:
+                    raise RequestError(f"{path} is not what was written (its fingerprint differs). {remedy}")
+                progress.advance(sizes[name] / 2**20)
+
+    def places(self) -> Iterator[tuple[bytes, Place]]:
+        """Every sequence's key, and where it lies."""
+        for name in self.manifest.shards:
+            keys_N16 = self._shard_reader(name).tensor(_entry(name, KEYS))
+            for row, key_16 in enumerate(keys_N16.numpy()):
+                yield key_16.tobytes(), (name, row)
+
+    def said(self, place: Place, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and logarithms of the most likely tokens after each of a sequence, `[T, k]`: views, in stored dtypes."""
+        name, row = place
+        reader = self._shard_reader(name)
+        ids_NTk, log_p_NTk = (reader.tensor(_entry(name, tensor)) for tensor in (IDS, LOG_PROBABILITIES))
+        return ids_NTk[row, :, :top_k], log_p_NTk[row, :, :top_k]
+
+    def _shard_reader(self, name: str) -> TensorReader:
+        if _entry(name, KEYS) not in self._reader.entries:
+            entries: dict[str, TensorEntry] = read_header(self.folder / name)[0]
+            self._reader.entries.update({_entry(name, tensor): entry for tensor, entry in entries.items()})
+        return self._reader
+
+
+def _entry(shard: str, tensor: str) -> str:
+    return f"{shard}/{tensor}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def open_cache(config: RunConfig, base: MappedBase, manifest: Manifest | None) -> TeacherCache | None:
+    """The cache that a run is taught from, found to be of its base and settings; None: it needs none.
+
+    The base's weights are compared as they are read.
+
+    Args:
+        manifest: of the checkpoint that the run goes on from.
+
+    Raises:
+        RequestError: there is no such cache, or it is of another base, or made in another way.
+    """
+    distill = config.distill
+    if distill is None or distill.cache is None or (manifest and manifest.step >= config.max_steps):
+        return None
+    folder = Path(distill.cache).expanduser()
+    found = TeacherManifest.read(folder)
+    found.check(
+        folder,
+        base,
+        sequence_length=("sequence_length", config.sequence_length),
+        temperature=("distill.temperature", distill.temperature),
+    )
+    assert distill.top_k is not None
+    if distill.top_k > found.top_k:
+        raise RequestError(
+            f"distill.top_k is {distill.top_k}, {folder} holds the {found.top_k} most likely tokens. "
+            "Set at most that, or name another folder."
+        )
+    if manifest is None:
+        base.expect(found.base_fingerprints, f"that {folder} was made from")
+    elif manifest.base_fingerprints != found.base_fingerprints:
+        raise RequestError(
+            f"{folder} was made from other weights than the base that this run began with. Name another folder."
+        )
+    return TeacherCache(folder, found)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(
+    path: Path, ids_NT: torch.Tensor, said: list[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
+) -> str:
+    """Write what the base says of sequences; returns the file's fingerprint.
+
+    Args:
+        said: by batch of the sequences, ids and logarithms `[B, T, k]`.
+    """
+    keys_N16 = torch.frombuffer(bytearray(b"".join(map(sequence_key, ids_NT))), dtype=torch.uint8)
+    id_dtype = torch.uint16 if token_bytes(vocab_size) == 2 else torch.int32
+    lowest = torch.finfo(LOG_DTYPE).min
+    tensors = {
+        KEYS: keys_N16.view(len(ids_NT), _KEY_BYTES),
+        IDS: torch.cat([top_BTk.to(id_dtype) for top_BTk, _ in said]),
+        LOG_PROBABILITIES: torch.cat([log_p_BTk.clamp_min(lowest).to(LOG_DTYPE) for _, log_p_BTk in said]),
+    }
+    return write_tensors(path, tensors, {"format": "pt"})
