@@ -35,6 +35,8 @@ BENCHMARKS = {
     "tracker": (tracker, tracker.run),
     "state-quality": (state_quality, state_quality.run),
     "quality": (compare, compare.run_short),
+    "quality-recipe": (compare, compare.run_brief),
+    "quality-widths": (compare, compare.run_widths),
     "quality-long": (compare, compare.run_long),
     "quality-longest": (compare, compare.run_longest),
     "ranks": (ranks, ranks.run),

@@ -1,6 +1,7 @@
 """Dated benchmark reports: what was run, on what, and the figures."""
 
 import datetime
+import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,16 @@ Row = tuple[str, str, str]
 """What was measured, the figure, and its target or what it is compared with."""
 
 
+def hardware() -> str:
+    """This machine in a file's name: its GPU, or its processor and how many cores there are."""
+    found = machine()
+    name = found["gpu"] or f"{found['cpu']}-{os.cpu_count()}-cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def write_report(name: str, command: str, text: str, rows: list[Row]) -> Path:
     """Write `<theme>_<hardware>_<date>.md`; a second run on the same day replaces the first."""
     found = machine()
-    hardware = re.sub(r"[^a-z0-9]+", "-", f"{found['gpu'] or found['cpu']}-{found['cores']}-cores".lower()).strip("-")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     libraries = ", ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "safetensors"))
     lines = [
@@ -34,6 +41,6 @@ def write_report(name: str, command: str, text: str, rows: list[Row]) -> Path:
         *(f"| {what} | {figure} | {target} |" for what, figure, target in rows),
         "",
     ]
-    path = REPORTS / f"{name}_{hardware}_{today}.md"
+    path = REPORTS / f"{name}_{hardware()}_{today}.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

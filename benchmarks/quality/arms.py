@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SHARED = {"calibration_tokens": 32768, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+SHARED = {"calibration_tokens": 16384, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 HARD_PRUNING = {"method": "hard_prune"}
 OUR_START = {"start": "pca_least_squares", "importance": "energy"}
 OUR_RECIPE = OUR_START | {"projection_rates": "per_matrix"}
@@ -27,13 +27,11 @@ class Arm:
     Attributes:
         settings: beside what all share.
         rates: tried at half of the parameters with the first seed; the best one is taken for everything else.
-        first: it is also run with further seeds, and at further shares of the parameters.
     """
 
     name: str
     settings: dict[str, Any]
     rates: tuple[dict[str, float], ...]
-    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,15 @@ class Budget:
         settings: beside what all arms share.
         arms: that are compared.
         variations: of our recipe, at its best rates: by name what they change.
+        seeds, keeps: further ones, for every arm at its best rate.
     """
 
     name: str
     settings: dict[str, Any]
     arms: tuple[Arm, ...]
     variations: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...] = ()
+    keeps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,10 @@ class Job:
         return {key: self.values[key] for key in ("learning_rate", "aux_learning_rate") if key in self.values}
 
 
-CONTROL = Arm("hard pruning, published start", HARD_PRUNING, alone(3e-4, 6e-4, 1.2e-3, 2.4e-3), first=True)
-PUBLISHED = Arm("Projected Compression, published form and start", {}, alone(3.75e-5, 7.5e-5, 1.5e-4, 3e-4), first=True)
-PRUNED = Arm("hard pruning, our start", HARD_PRUNING | OUR_START, alone(3e-4, 6e-4, 1.2e-3, 2.4e-3), first=True)
-OURS = Arm(
-    "Projected Compression, our recipe",
-    OUR_RECIPE,
-    pairs((6e-5, 6e-4), (1.8e-4, 6e-4), (1.2e-4, 1.2e-3), (3.6e-4, 1.2e-3), (2.4e-4, 2.4e-3)),
-    first=True,
-)
-UNIFORM = Arm(
-    "our recipe, one rate for all projections",
-    OUR_START,
-    pairs((2e-5, 6e-4), (6e-5, 6e-4), (4e-5, 1.2e-3), (1.2e-4, 1.2e-3)),
-)
+CONTROL = Arm("hard pruning, published start", HARD_PRUNING, alone(3e-4, 6e-4, 1.2e-3))
+PUBLISHED = Arm("Projected Compression, published form and start", {}, alone(3.75e-5, 7.5e-5, 1.5e-4))
+PRUNED = Arm("hard pruning, our start", HARD_PRUNING | OUR_START, alone(1.5e-4, 3e-4, 6e-4))
+OURS = Arm("Projected Compression, our recipe", OUR_RECIPE, pairs((3e-5, 3e-4), (9e-5, 3e-4), (6e-5, 6e-4)))
 TEACHING = {
     "with distillation": {"distill": {"weight": 0.5}},
     "with distillation, top 64": {"distill": {"weight": 0.5, "top_k": 64}},
@@ -90,66 +81,81 @@ SHORT = Budget(
     "0.1 M tokens",
     {
         "sequence_length": 256,
-        "eval_tokens": 16384,
+        "eval_tokens": 8192,
         "max_steps": 100,
         "warmup_steps": 10,
-        "eval_steps": 20,
+        "eval_steps": 25,
         "save_steps": 100,
     },
-    (CONTROL, PUBLISHED, PRUNED, OURS, UNIFORM),
+    (CONTROL, PUBLISHED, PRUNED, OURS),
     {
         **TEACHING,
-        # A step with a teacher takes 1.4 times as long on two cores.
-        "with distillation, at equal time": {"distill": {"weight": 0.5}, "max_steps": 72, "save_steps": 72},
         "low-rank deltas, 32": {"projection_rank": 32},
         "low-rank deltas, 128": {"projection_rank": 128},
         "4-byte state": {"record_dtype": "bfloat16", "moments": "8bit"},
         "8-bit base": {"base_precision": "int8"},
+    },
+    seeds=(1, 2),
+    keeps=(0.7, 0.3),
+)
+BRIEF = Budget(
+    "0.05 M tokens",
+    {**SHORT.settings, "max_steps": 50, "eval_steps": 50, "save_steps": 50},
+    (replace(OURS, rates=pairs((6e-5, 6e-4))),),
+    {
         "start selection": {"start": "selection"},
         "start rescaled": {"start": "rescaled"},
         "start least_squares": {"start": "least_squares"},
         "start pca": {"start": "pca"},
         "importance activation": {"importance": "activation"},
+        "one rate of 1e-5 for all projections": {"projection_rates": "uniform", "learning_rate": 1e-5},
+        "one rate of 3e-5 for all projections": {"projection_rates": "uniform", "learning_rate": 3e-5},
         "weight decay 0.1": {"weight_decay": 0.1},
         "betas 0.9, 0.99": {"adam_beta2": 0.99},
-        "clipping at 0.3": {"max_grad_norm": 0.3},
-        "clipping at 100": {"max_grad_norm": 100.0},
-        "warm-up of 40 steps": {"warmup_steps": 40},
+        "no clipping": {"max_grad_norm": 1e6},
+        "warm-up of 2 steps": {"warmup_steps": 2},
+        "distillation of weight 1": {"distill": {"weight": 1.0}},
     },
 )
+"""What each setting of the recipe does, one at a time."""
+SPLITS = ((288, 1448), (324, 1208), (396, 864), (432, 728), (504, 520))
+"""Hidden and ffn sizes of as many parameters as `keep: 0.5` gives, 360 and 1024, to 0.2 %."""
+WIDTHS = replace(
+    BRIEF,
+    variations={
+        f"hidden {hidden}, ffn {ffn}": {"keep": None, "hidden_size": hidden, "intermediate_size": ffn}
+        for hidden, ffn in SPLITS
+    },
+)
+"""How a budget of parameters is split."""
 LONG = Budget(
     "0.8 M tokens",
     {
         "sequence_length": 512,
         "eval_tokens": 65536,
-        "max_steps": 96,
-        "per_device_train_batch_size": 16,
-        "warmup_steps": 12,
-        "eval_steps": 16,
-        "save_steps": 96,
+        "max_steps": 48,
+        "per_device_train_batch_size": 32,
+        "warmup_steps": 6,
+        "eval_steps": 12,
+        "save_steps": 48,
     },
-    (
-        replace(CONTROL, rates=alone(6e-4, 1.2e-3, 2.4e-3)),
-        replace(PUBLISHED, rates=alone(7.5e-5, 1.5e-4, 3e-4)),
-        replace(PRUNED, rates=alone(6e-4, 1.2e-3, 2.4e-3)),
-        replace(OURS, rates=pairs((1.2e-4, 1.2e-3), (3.6e-4, 1.2e-3), (2.4e-4, 2.4e-3))),
-    ),
-    TEACHING,
+    (CONTROL, PUBLISHED, PRUNED, OURS),
+    {},
 )
 LONGEST = replace(
     LONG,
     name="20 M tokens",
     settings={
         **LONG.settings,
-        "max_steps": 1280,
-        "per_device_train_batch_size": 32,
-        "warmup_steps": 40,
-        "eval_steps": 64,
-        "save_steps": 1280,
+        "max_steps": 320,
+        "gradient_accumulation_steps": 4,
+        "warmup_steps": 10,
+        "eval_steps": 20,
+        "save_steps": 320,
     },
+    variations={"with distillation": TEACHING["with distillation"]},
 )
 """Each arm at the rate that was its best over 0.8 M tokens; the corpus of 4.6 M tokens is repeated."""
-SEEDS, KEEPS = (1, 2), (0.7, 0.3)
 
 
 def at(budget: Budget, rates: dict[str, dict[str, float]]) -> Budget:
@@ -162,16 +168,18 @@ def trials(budget: Budget, arm: Arm) -> list[Job]:
     return [Job(arm.name, _values(budget, arm.settings, rates)) for rates in arm.rates]
 
 
-def others(budget: Budget, arm: Arm, rates: dict[str, float]) -> Iterator[Job]:
-    """The runs at a rate that was found: with further seeds, at further sizes; of our recipe its variations."""
-    if arm.first and budget is SHORT:
-        for seed in SEEDS:
-            yield seeded(budget, arm, rates, seed)
-        for keep in KEEPS:
-            yield sized(budget, arm, rates, keep)
-    if arm.name == OURS.name:
-        for name, changes in budget.variations.items():
-            yield varied(budget, rates, name, changes)
+def variants(budget: Budget, rates: dict[str, float]) -> Iterator[Job]:
+    """Our recipe's variations, at the rates that were found for it."""
+    for name, changes in budget.variations.items():
+        yield varied(budget, rates, name, changes)
+
+
+def repetitions(budget: Budget, arm: Arm, rates: dict[str, float]) -> Iterator[Job]:
+    """With further seeds, and at further sizes, at the rates that were found."""
+    for seed in budget.seeds:
+        yield seeded(budget, arm, rates, seed)
+    for keep in budget.keeps:
+        yield sized(budget, arm, rates, keep)
 
 
 def seeded(budget: Budget, arm: Arm, rates: dict[str, float], seed: int) -> Job:

@@ -1,9 +1,10 @@
 """Held-out loss of SmolLM2-135M cut to 50, 70 and 30 % of its parameters and trained on prose, arm by arm, at equal
-parameters, tokens and data order (`benchmarks/quality/arms.py`). Each arm has its own best of four rates at least; our
+parameters, tokens and data order (`benchmarks/quality/arms.py`). Each arm has its own best of three rates at least; our
 recipe's variations take its best rates. `PCSCALE_CORPUS` names a folder with train.txt and valid.txt (or .txt.gz).
-Every run is kept in the scratch folder and not made again; one that is cut off goes on from its checkpoint.
-`PCSCALE_MINUTES` says after how many minutes no further run is begun: what is missing then says so. `PCSCALE_WORKERS`
-runs share a GPU; they then run in bfloat16 over float32 records, and their seconds say nothing of one alone."""
+What every run came to is kept in `benchmarks/quality/results/`, by machine, and not run again; one that is cut off goes
+on from its checkpoint. `PCSCALE_MINUTES` says after how many minutes no further run is begun: what is missing then says
+so. `PCSCALE_WORKERS` runs share the machine; their seconds are then those of a shared one. On a GPU models run in
+bfloat16, over float32 records."""
 
 import os
 import statistics
@@ -14,23 +15,24 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.quality.arms import (
-    KEEPS,
+    BRIEF,
     LONG,
     LONGEST,
     OURS,
-    SEEDS,
     SHORT,
+    WIDTHS,
     Arm,
     Budget,
     Job,
     at,
-    others,
+    repetitions,
     seeded,
     sized,
     trials,
+    variants,
     varied,
 )
-from benchmarks.quality.runs import WORKERS, Result, kept_result, run_jobs
+from benchmarks.quality.runs import Result, kept_result, run_jobs
 from benchmarks.report import REPORTS, Row
 
 MISSING = "not run"
@@ -40,56 +42,63 @@ def run_short(scratch: Path) -> list[Row]:
     return _run(scratch, SHORT, REPORTS / "quality.png")
 
 
+def run_brief(scratch: Path) -> list[Row]:
+    return _run(scratch, BRIEF, None)
+
+
+def run_widths(scratch: Path) -> list[Row]:
+    return _run(scratch, WIDTHS, None)
+
+
 def run_long(scratch: Path) -> list[Row]:
     return _run(scratch, LONG, REPORTS / "quality-long.png")
 
 
 def run_longest(scratch: Path) -> list[Row]:
-    found = {arm.name: best_trial(scratch.absolute() / "quality", LONG, arm) for arm in LONG.arms}
+    found = {arm.name: best_trial(LONG, arm) for arm in LONG.arms}
     rates = {name: best.job.rates for name, best in found.items() if best is not None}
     if len(rates) < len(found):
         return [("rates", MISSING, "quality-long finds them")]
     return _run(scratch, at(LONGEST, rates), REPORTS / "quality-longest.png")
 
 
-def _run(scratch: Path, budget: Budget, plot: Path) -> list[Row]:
-    scratch = scratch.absolute() / "quality"
-    scratch.mkdir(parents=True, exist_ok=True)
+def _run(scratch: Path, budget: Budget, plot: Path | None) -> list[Row]:
     ends = time.monotonic() + 60 * float(os.environ.get("PCSCALE_MINUTES", "inf"))
-    run_jobs(scratch, lambda: _wanted(scratch, budget), ends)
-    _plot(scratch, budget, plot)
-    rows = [*_best(scratch, budget), *_trials(scratch, budget)]
-    if budget is SHORT:
-        rows[len(budget.arms) : len(budget.arms)] = [*_spread(scratch, budget), *_sizes(scratch, budget)]
-    return [*rows, *_variations(scratch, budget)]
+    run_jobs(scratch.absolute() / "quality", lambda: _wanted(budget), ends)
+    if plot is not None:
+        _plot(budget, plot)
+    return [*_best(budget), *_variations(budget), *_spread(budget), *_sizes(budget), *_trials(budget)]
 
 
-def _wanted(scratch: Path, budget: Budget) -> Iterator[Job]:
+def _wanted(budget: Budget) -> Iterator[Job]:
+    """What can be run now, the most urgent first."""
     for arm in budget.arms:
         yield from trials(budget, arm)
-    for arm in budget.arms:
-        best = best_trial(scratch, budget, arm)
-        if best is not None:
-            yield from others(budget, arm, best.job.rates)
+    found = [(arm, best) for arm in budget.arms if (best := best_trial(budget, arm)) is not None]
+    for arm, best in found:
+        if arm.name == OURS.name:
+            yield from variants(budget, best.job.rates)
+    for arm, best in found:
+        yield from repetitions(budget, arm, best.job.rates)
 
 
-def best_trial(scratch: Path, budget: Budget, arm: Arm) -> Result | None:
+def best_trial(budget: Budget, arm: Arm) -> Result | None:
     """The best of an arm's trials, once all of them are there: at half of the parameters, with the first seed."""
-    found = [kept_result(scratch, job) for job in trials(budget, arm)]
+    found = [kept_result(job) for job in trials(budget, arm)]
     known = [result for result in found if result is not None]
     return min(known, key=lambda result: result.last) if len(known) == len(found) else None
 
 
-def _best(scratch: Path, budget: Budget) -> Iterator[Row]:
-    control = best_trial(scratch, budget, budget.arms[0])
+def _best(budget: Budget) -> Iterator[Row]:
+    control = best_trial(budget, budget.arms[0])
     for arm in budget.arms:
-        result = best_trial(scratch, budget, arm)
+        result = best_trial(budget, arm)
         if result is None or control is None:
             yield f"50 %, {arm.name}", MISSING, ""
             continue
         curve = ", ".join(f"{loss:.3f}" for loss in result.losses.values())
         seconds = next(reversed(result.seconds.values()))
-        cost = f"; {seconds:.0f} s; {result.peak_bytes / 2**30:.1f} GiB" if WORKERS == 1 else ""
+        cost = f"; {seconds:.0f} s; {result.peak_bytes / 2**30:.1f} GiB"
         yield (
             f"50 %, {arm.name}: after {', '.join(f'{tokens:,}' for tokens in result.losses)} tokens",
             f"{curve} (base {result.base:.3f}; rate {_said(result.job)}{cost})",
@@ -101,23 +110,25 @@ def _said(job: Job) -> str:
     return " and ".join(f"{rate:g}" for rate in job.rates.values())
 
 
-def _spread(scratch: Path, budget: Budget) -> Iterator[Row]:
-    for arm in (arm for arm in budget.arms if arm.first):
-        best = best_trial(scratch, budget, arm)
-        found = [kept_result(scratch, seeded(budget, arm, best.job.rates, seed)) for seed in SEEDS] if best else []
+def _spread(budget: Budget) -> Iterator[Row]:
+    if not budget.seeds:
+        return
+    for arm in budget.arms:
+        best = best_trial(budget, arm)
+        found = [kept_result(seeded(budget, arm, best.job.rates, seed)) for seed in budget.seeds] if best else []
         losses = [result.last for result in (best, *found) if result is not None]
-        if len(losses) < 1 + len(SEEDS):
+        if len(losses) < 1 + len(budget.seeds):
             yield f"50 %, {arm.name}: seeds", MISSING, ""
             continue
         text = ", ".join(f"{loss:.3f}" for loss in losses)
         yield f"50 %, {arm.name}: seeds", text, f"mean {statistics.mean(losses):.3f}"
 
 
-def _sizes(scratch: Path, budget: Budget) -> Iterator[Row]:
-    for keep in KEEPS:
-        for arm in (arm for arm in budget.arms if arm.first):
-            best = best_trial(scratch, budget, arm)
-            found = kept_result(scratch, sized(budget, arm, best.job.rates, keep)) if best else None
+def _sizes(budget: Budget) -> Iterator[Row]:
+    for keep in budget.keeps:
+        for arm in budget.arms:
+            best = best_trial(budget, arm)
+            found = kept_result(sized(budget, arm, best.job.rates, keep)) if best else None
             if found is None:
                 yield f"{keep:.0%}, {arm.name}", MISSING, ""
                 continue
@@ -125,17 +136,17 @@ def _sizes(scratch: Path, budget: Budget) -> Iterator[Row]:
             yield f"{keep:.0%}, {arm.name}", text, f"{found.parameters:,} parameters"
 
 
-def _trials(scratch: Path, budget: Budget) -> Iterator[Row]:
+def _trials(budget: Budget) -> Iterator[Row]:
     for arm in budget.arms:
         for job in trials(budget, arm):
-            result = kept_result(scratch, job)
+            result = kept_result(job)
             yield f"trial: {arm.name}, rate {_said(job)}", MISSING if result is None else f"{result.last:.3f}", ""
 
 
-def _variations(scratch: Path, budget: Budget) -> Iterator[Row]:
-    best = best_trial(scratch, budget, OURS)
+def _variations(budget: Budget) -> Iterator[Row]:
+    best = best_trial(budget, OURS)
     for name, changes in budget.variations.items():
-        found = kept_result(scratch, varied(budget, best.job.rates, name, changes)) if best else None
+        found = kept_result(varied(budget, best.job.rates, name, changes)) if best else None
         if found is None or best is None:
             yield f"our recipe, {name}", MISSING, ""
             continue
@@ -143,12 +154,12 @@ def _variations(scratch: Path, budget: Budget) -> Iterator[Row]:
         yield f"our recipe, {name}", text, f"{found.last - best.last:+.3f} against our recipe"
 
 
-def _plot(scratch: Path, budget: Budget, path: Path) -> None:
-    curves = [(arm.name, best_trial(scratch, budget, arm)) for arm in budget.arms]
-    ours = best_trial(scratch, budget, OURS)
+def _plot(budget: Budget, path: Path) -> None:
+    curves = [(arm.name, best_trial(budget, arm)) for arm in budget.arms]
+    ours = best_trial(budget, OURS)
     if ours is not None:
         job = varied(budget, ours.job.rates, *next(iter(budget.variations.items())))
-        curves.append((job.name, kept_result(scratch, job)))
+        curves.append((job.name, kept_result(job)))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, result in curves:

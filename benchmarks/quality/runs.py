@@ -15,14 +15,20 @@ from typing import Any
 import torch
 
 from benchmarks.quality.arms import Job
+from benchmarks.report import hardware
 from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
 from pcscale.common.files import read_json, write_json
 from pcscale.config.load import check_values
+from pcscale.memory.process import machine
 from pcscale.storage.hashing import fingerprint
 from pcscale.training.demo import fetch_smollm2
 
 WORKERS = int(os.environ.get("PCSCALE_WORKERS", "1"))
+
+
+RESULTS = Path(__file__).parent / "results" / hardware()
+"""Of this machine."""
 
 
 @dataclass(frozen=True)
@@ -51,70 +57,80 @@ class Result:
         return next(reversed(self.losses.values()))
 
 
-def kept_result(scratch: Path, job: Job) -> Result | None:
+def kept_result(job: Job) -> Result | None:
     """The result of a run that has been made; None: it has not."""
-    path = _path(scratch, job)
-    return _result(job, read_json(path)) if path.exists() else None
+    path = RESULTS / f"{_name(job)}.json"
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    curve: list[dict[str, Any]] = kept["curve"]
+    return Result(
+        job,
+        kept["base_loss"],
+        {point["tokens"]: point["loss"] for point in curve},
+        {point["tokens"]: point["seconds"] for point in curve},
+        kept["parameters"],
+        kept["peak_bytes"],
+    )
 
 
 def run_jobs(scratch: Path, wanted: Callable[[], Iterable[Job]], ends: float) -> None:
     """Make the runs that are not there, `WORKERS` at a time, until none is left or it is too late to begin one.
 
     Args:
+        scratch: where run folders lie meanwhile.
         wanted: what can be made now, the most urgent first; asked anew whenever a run is done.
         ends: when no further run is begun, by `time.monotonic`.
     """
-    # A process of its own for each run tells its memory; on a GPU several share the time that starting one takes.
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    # A process of its own for each run tells its memory.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, max_tasks_per_child=1 if WORKERS == 1 else None) as pool:
-        begun: set[Path] = set()
+    with ProcessPoolExecutor(WORKERS, context, max_tasks_per_child=1) as pool:
+        begun: set[str] = set()
         running: dict[Future[None], Job] = {}
         while True:
             for job in wanted():
-                path = _path(scratch, job)
-                if len(running) < WORKERS and time.monotonic() < ends and path not in begun and not path.exists():
-                    begun.add(path)
-                    running[pool.submit(_make, path, job.values)] = job
+                name = _name(job)
+                if len(running) < WORKERS and time.monotonic() < ends and name not in begun and not kept_result(job):
+                    begun.add(name)
+                    running[pool.submit(_make, scratch / name, RESULTS / f"{name}.json", job)] = job
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 job, error = running.pop(done), done.exception()
-                result = None if error else kept_result(scratch, job)
+                result = None if error else kept_result(job)
                 console.say(f"{job.name} {job.rates}: {f'{result.last:.4f}' if result else f'failed: {error!r}'}")
 
 
-def _make(path: Path, values: dict[str, Any]) -> None:
+def _name(job: Job) -> str:
+    return fingerprint(json.dumps(job.values, sort_keys=True).encode())
+
+
+def _make(folder: Path, path: Path, job: Job) -> None:
     """Make one run and keep what it came to."""
     from pcscale.training.pipeline import compress
 
     console.configure(quiet=True)
-    folder, corpus = path.with_suffix(""), os.environ["PCSCALE_CORPUS"]
+    corpus = os.environ["PCSCALE_CORPUS"]
     data = {part: [f"{corpus}/{name}.txt*"] for part, name in (("train", "train"), ("validation", "valid"))}
     places = {"base": str(fetch_smollm2(cache_folder())), "output": str(folder), "data": data}
     on_gpu = {"bf16": True} if torch.cuda.is_available() else {}
-    report = compress(check_values({**values, **on_gpu, **places}, "benchmark"), resume=True)
+    report = compress(check_values({**job.values, **on_gpu, **places}, "benchmark"), resume=True)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    write_json(path, {"report": report, "steps": steps, "values": values, "at_a_time": WORKERS})
-    shutil.rmtree(folder)
-
-
-def _path(scratch: Path, job: Job) -> Path:
-    return scratch / f"{fingerprint(json.dumps(job.values, sort_keys=True).encode())}.json"
-
-
-def _result(job: Job, document: dict[str, Any]) -> Result:
-    report, steps = document["report"], document["steps"]
     evaluation = report["evaluation"]
-    losses, seconds, total = {0: evaluation["start"]["loss"]}, {0: 0.0}, 0.0
+    curve, seconds = [{"tokens": 0, "seconds": 0.0, "loss": evaluation["start"]["loss"]}], 0.0
     for step in steps:
-        total += step["seconds"]
+        seconds += step["seconds"]
         if step.get("eval_loss") is not None:
-            losses[step["tokens"]], seconds[step["tokens"]] = step["eval_loss"], total
-    return Result(
-        job,
-        evaluation["base"]["loss"],
-        losses,
-        seconds,
-        evaluation["compressed"]["parameters"],
-        report["peak"]["host_anonymous"]["measured_bytes"],
-    )
+            curve.append({"tokens": step["tokens"], "seconds": seconds, "loss": step["eval_loss"]})
+    document = {
+        "name": job.name,
+        "settings": job.values,
+        "base_loss": evaluation["base"]["loss"],
+        "parameters": evaluation["compressed"]["parameters"],
+        "peak_bytes": report["peak"]["host_anonymous"]["measured_bytes"],
+        "curve": curve,
+        "machine": {**machine(), "runs_at_a_time": WORKERS},
+    }
+    write_json(path, document)
+    shutil.rmtree(folder)
