@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SHARED = {"calibration_tokens": 16384, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+SHARED = {"bf16": True, "calibration_tokens": 16384, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 HARD_PRUNING = {"method": "hard_prune"}
 OUR_START = {"start": "pca_least_squares", "importance": "energy"}
 OUR_RECIPE = OUR_START | {"projection_rates": "per_matrix"}

@@ -3,8 +3,8 @@ parameters, tokens and data order (`benchmarks/quality/arms.py`). Each arm has i
 recipe's variations take its best rates. `PCSCALE_CORPUS` names a folder with train.txt and valid.txt (or .txt.gz).
 What every run came to is kept in `benchmarks/quality/results/`, by machine, and not run again; one that is cut off goes
 on from its checkpoint. `PCSCALE_MINUTES` says after how many minutes no further run is begun: what is missing then says
-so. `PCSCALE_WORKERS` runs share the machine; their seconds are then those of a shared one. On a GPU models run in
-bfloat16, over float32 records."""
+so. `PCSCALE_WORKERS` runs share the machine; their seconds are then those of a shared one. Models run in bfloat16, over
+float32 records."""
 
 import os
 import statistics

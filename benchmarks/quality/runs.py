@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.quality.arms import Job
 from benchmarks.report import hardware
 from pcscale.common.cache import cache_folder
@@ -114,8 +112,7 @@ def _make(folder: Path, path: Path, job: Job) -> None:
     corpus = os.environ["PCSCALE_CORPUS"]
     data = {part: [f"{corpus}/{name}.txt*"] for part, name in (("train", "train"), ("validation", "valid"))}
     places = {"base": str(fetch_smollm2(cache_folder())), "output": str(folder), "data": data}
-    on_gpu = {"bf16": True} if torch.cuda.is_available() else {}
-    report = compress(check_values({**job.values, **on_gpu, **places}, "benchmark"), resume=True)
+    report = compress(check_values({**job.values, **places}, "benchmark"), resume=True)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = report["evaluation"]
     curve, seconds = [{"tokens": 0, "seconds": 0.0, "loss": evaluation["start"]["loss"]}], 0.0
