@@ -1,5 +1,6 @@
 """`pcscale`: one subcommand per job. Every subcommand imports what it needs when it runs."""
 
+import atexit
 import os
 import sys
 from typing import Annotated, Any
@@ -63,4 +64,21 @@ def run() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Arrow, which reads text, would reserve a GiB by an allocator of its own, all of it against RLIMIT_DATA.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    app(prog_name="pcscale")
+    try:
+        app(prog_name="pcscale")
+    except SystemExit as done:
+        if "pcscale.distributed.group" in sys.modules:
+            _leave(done.code)
+        raise
+
+
+def _leave(code: Any) -> None:
+    """End a process of several, whose work is done, without taking the interpreter apart.
+
+    gloo's threads live on, since nothing makes DeepSpeed let go of its groups; one that asks for an interpreter that is
+    being taken apart aborts the process.
+    """
+    atexit._run_exitfuncs()  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)

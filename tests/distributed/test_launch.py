@@ -28,7 +28,7 @@ def test_a_launcher_starts_the_whole_job(launcher: str, world: World, run: Path)
     found = subprocess.run(
         [*map(str, command), "deepspeed=deepspeed_configs/zero3_offload_cpu.json"],
         cwd=REPOSITORY,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=240,
