@@ -98,8 +98,7 @@ def _best(budget: Budget) -> Iterator[Row]:
             yield f"50 %, {arm.name}", MISSING, ""
             continue
         curve = ", ".join(f"{loss:.3f}" for loss in result.losses.values())
-        seconds = next(reversed(result.seconds.values()))
-        cost = f"; {seconds:.0f} s; {result.peak_bytes / 2**30:.1f} GiB"
+        cost = f"; {result.step_seconds:.1f} s a step; {result.peak_bytes / 2**30:.1f} GiB"
         yield (
             f"50 %, {arm.name}: after {', '.join(f'{tokens:,}' for tokens in result.losses)} tokens",
             f"{curve} (base {result.base:.3f}; rate {_said(result.job)}{cost})",

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -40,14 +41,14 @@ class Result:
 
     Attributes:
         losses: held-out loss by tokens trained on, from none on. Units: nats.
-        seconds: of training by the same tokens.
+        step_seconds: of a step, the median.
         peak_bytes: of anonymous memory.
     """
 
     job: Job
     base: float
     losses: dict[int, float]
-    seconds: dict[int, float]
+    step_seconds: float
     parameters: int
     peak_bytes: int
 
@@ -71,7 +72,7 @@ def kept_result(job: Job) -> Result | None:
         job,
         kept["base_loss"],
         {point["tokens"]: point["loss"] for point in curve},
-        {point["tokens"]: point["seconds"] for point in curve},
+        kept["step_seconds"],
         kept["parameters"],
         kept["peak_bytes"],
     )
@@ -136,17 +137,15 @@ def _make(folder: Path, path: Path, job: Job) -> None:
     report = json.loads(done.stdout)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = report["evaluation"]
-    curve, seconds = [{"tokens": 0, "seconds": 0.0, "loss": evaluation["start"]["loss"]}], 0.0
-    for step in steps:
-        seconds += step["seconds"]
-        if step.get("eval_loss") is not None:
-            curve.append({"tokens": step["tokens"], "seconds": seconds, "loss": step["eval_loss"]})
+    curve = [{"tokens": 0, "loss": evaluation["start"]["loss"]}]
+    curve += [{"tokens": step["tokens"], "loss": step["eval_loss"]} for step in steps if step.get("eval_loss")]
     document = {
         "name": job.name,
         "settings": job.values,
         "base_loss": evaluation["base"]["loss"],
         "parameters": evaluation["compressed"]["parameters"],
         "peak_bytes": report["peak"]["host_anonymous"]["measured_bytes"],
+        "step_seconds": statistics.median(step["seconds"] for step in steps),
         "curve": curve,
         "machine": {**machine(), "runs_at_a_time": WORKERS},
     }
