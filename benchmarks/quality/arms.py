@@ -52,6 +52,14 @@ class Budget:
     seeds: tuple[int, ...] = ()
     keeps: tuple[float, ...] = ()
 
+    @property
+    def control(self) -> Arm | None:
+        return next((arm for arm in self.arms if arm.name == CONTROL.name), None)
+
+    @property
+    def ours(self) -> Arm:
+        return next(arm for arm in self.arms if arm.name == OURS.name)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -73,8 +81,9 @@ CONTROL = Arm("hard pruning, published start", HARD_PRUNING, alone(3e-4, 6e-4, 1
 PUBLISHED = Arm("Projected Compression, published form and start", {}, alone(3.75e-5, 7.5e-5, 1.5e-4))
 PRUNED = Arm("hard pruning, our start", HARD_PRUNING | OUR_START, alone(1.5e-4, 3e-4, 6e-4))
 OURS = Arm("Projected Compression, our recipe", OUR_RECIPE, pairs((3e-5, 3e-4), (9e-5, 3e-4), (6e-5, 6e-4)))
+TAUGHT = "with distillation"
 TEACHING = {
-    "with distillation": {"distill": {"weight": 0.5}},
+    TAUGHT: {"distill": {"weight": 0.5}},
     "with distillation, top 64": {"distill": {"weight": 0.5, "top_k": 64}},
 }
 SHORT = Budget(
@@ -153,7 +162,7 @@ LONGEST = replace(
         "eval_steps": 20,
         "save_steps": 320,
     },
-    variations={"with distillation": TEACHING["with distillation"]},
+    variations={TAUGHT: TEACHING[TAUGHT]},
 )
 """Each arm at the rate that was its best over 0.8 M tokens; the corpus of 4.6 M tokens is repeated."""
 

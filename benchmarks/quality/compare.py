@@ -18,8 +18,8 @@ from benchmarks.quality.arms import (
     BRIEF,
     LONG,
     LONGEST,
-    OURS,
     SHORT,
+    TAUGHT,
     WIDTHS,
     Arm,
     Budget,
@@ -74,12 +74,13 @@ def _wanted(budget: Budget) -> Iterator[Job]:
     """What can be run now, the most urgent first."""
     for arm in budget.arms:
         yield from trials(budget, arm)
-    found = [(arm, best) for arm in budget.arms if (best := best_trial(budget, arm)) is not None]
-    for arm, best in found:
-        if arm.name == OURS.name:
-            yield from variants(budget, best.job.rates)
-    for arm, best in found:
-        yield from repetitions(budget, arm, best.job.rates)
+    ours = best_trial(budget, budget.ours)
+    if ours is not None:
+        yield from variants(budget, ours.job.rates)
+    for arm in budget.arms:
+        best = best_trial(budget, arm)
+        if best is not None:
+            yield from repetitions(budget, arm, best.job.rates)
 
 
 def best_trial(budget: Budget, arm: Arm) -> Result | None:
@@ -90,10 +91,10 @@ def best_trial(budget: Budget, arm: Arm) -> Result | None:
 
 
 def _best(budget: Budget) -> Iterator[Row]:
-    control = best_trial(budget, budget.arms[0])
+    control = best_trial(budget, budget.control) if budget.control else None
     for arm in budget.arms:
         result = best_trial(budget, arm)
-        if result is None or control is None:
+        if result is None:
             yield f"50 %, {arm.name}", MISSING, ""
             continue
         curve = ", ".join(f"{loss:.3f}" for loss in result.losses.values())
@@ -102,7 +103,7 @@ def _best(budget: Budget) -> Iterator[Row]:
         yield (
             f"50 %, {arm.name}: after {', '.join(f'{tokens:,}' for tokens in result.losses)} tokens",
             f"{curve} (base {result.base:.3f}; rate {_said(result.job)}{cost})",
-            f"{result.last - control.last:+.3f} against the control",
+            f"{result.last - control.last:+.3f} against the control" if control else "",
         )
 
 
@@ -144,7 +145,7 @@ def _trials(budget: Budget) -> Iterator[Row]:
 
 
 def _variations(budget: Budget) -> Iterator[Row]:
-    best = best_trial(budget, OURS)
+    best = best_trial(budget, budget.ours)
     for name, changes in budget.variations.items():
         found = kept_result(varied(budget, best.job.rates, name, changes)) if best else None
         if found is None or best is None:
@@ -156,10 +157,10 @@ def _variations(budget: Budget) -> Iterator[Row]:
 
 def _plot(budget: Budget, path: Path) -> None:
     curves = [(arm.name, best_trial(budget, arm)) for arm in budget.arms]
-    ours = best_trial(budget, OURS)
+    ours = best_trial(budget, budget.ours)
     if ours is not None:
-        job = varied(budget, ours.job.rates, *next(iter(budget.variations.items())))
-        curves.append((job.name, kept_result(job)))
+        taught = [job for job in variants(budget, ours.job.rates) if job.name.endswith(TAUGHT)]
+        curves += [(job.name, kept_result(job)) for job in taught]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, result in curves:

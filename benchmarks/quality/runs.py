@@ -1,27 +1,32 @@
 """Runs of the comparison, several at a time where there is a GPU: each is kept as one JSON file and not made again, and
 one that was cut off goes on from its checkpoint."""
 
+import gzip
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.quality.arms import Job
 from benchmarks.report import hardware
 from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
-from pcscale.common.files import read_json, write_json
-from pcscale.config.load import check_values
+from pcscale.common.files import read_json, write_json, write_text
 from pcscale.memory.process import machine
 from pcscale.storage.hashing import fingerprint
 from pcscale.training.demo import fetch_smollm2
 
+REPOSITORY = Path(__file__).parents[2]
 WORKERS = int(os.environ.get("PCSCALE_WORKERS", "1"))
 
 
@@ -81,9 +86,7 @@ def run_jobs(scratch: Path, wanted: Callable[[], Iterable[Job]], ends: float) ->
         ends: when no further run is begun, by `time.monotonic`.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    # A process of its own for each run tells its memory.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, max_tasks_per_child=1) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         begun: set[str] = set()
         running: dict[Future[None], Job] = {}
         while True:
@@ -97,22 +100,40 @@ def run_jobs(scratch: Path, wanted: Callable[[], Iterable[Job]], ends: float) ->
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 job, error = running.pop(done), done.exception()
                 result = None if error else kept_result(job)
-                console.say(f"{job.name} {job.rates}: {f'{result.last:.4f}' if result else f'failed: {error!r}'}")
+                console.say(f"{job.name} {job.rates}: {f'{result.last:.4f}' if result else f'failed: {error}'}")
 
 
 def _name(job: Job) -> str:
-    return fingerprint(json.dumps(job.values, sort_keys=True).encode())
+    """Of the run's settings and the text."""
+    return fingerprint(json.dumps([job.values, _text()], sort_keys=True).encode())
+
+
+def _corpus(part: str) -> Path:
+    folder = Path(os.environ.get("PCSCALE_CORPUS", ""))
+    found = next((path for path in (folder / f"{part}.txt", folder / f"{part}.txt.gz") if path.is_file()), None)
+    if found is None:
+        raise SystemExit(f"PCSCALE_CORPUS names no folder with {part}.txt or {part}.txt.gz.")
+    return found.absolute()
+
+
+@cache
+def _text() -> list[str]:
+    """What the text is, packed or not."""
+    paths = (_corpus("train"), _corpus("valid"))
+    return [fingerprint(gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes()) for p in paths]
 
 
 def _make(folder: Path, path: Path, job: Job) -> None:
-    """Make one run and keep what it came to."""
-    from pcscale.training.pipeline import compress
-
-    console.configure(quiet=True)
-    corpus = os.environ["PCSCALE_CORPUS"]
-    data = {part: [f"{corpus}/{name}.txt*"] for part, name in (("train", "train"), ("validation", "valid"))}
+    """Make one run, in a process of its own, and keep what it came to."""
+    data = {"train": [str(_corpus("train"))], "validation": [str(_corpus("valid"))]}
     places = {"base": str(fetch_smollm2(cache_folder())), "output": str(folder), "data": data}
-    report = compress(check_values({**job.values, **places}, "benchmark"), resume=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    yaml_file = folder.with_suffix(".yaml")
+    write_text(yaml_file, yaml.safe_dump({**job.values, **places}))
+    command = [sys.executable, "-m", "pcscale", "compress", str(yaml_file), "--resume", "--json", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.PIPE)
+    report = json.loads(done.stdout)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = report["evaluation"]
     curve, seconds = [{"tokens": 0, "seconds": 0.0, "loss": evaluation["start"]["loss"]}], 0.0
