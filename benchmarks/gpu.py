@@ -19,6 +19,7 @@ from pcscale.common.units import format_bytes, format_seconds
 from pcscale.training.demo import fetch_smollm2, python_topics
 
 SETTINGS = {
+    "start": "selection",
     "importance": "magnitude",
     "sequence_length": 1024,
     "eval_tokens": 4096,

@@ -21,6 +21,7 @@ from pcscale.common.units import format_bytes, format_count, format_seconds
 from pcscale.training.demo import fetch_smollm2, python_topics
 
 SETTINGS = {
+    "start": "selection",
     "importance": "magnitude",
     "sequence_length": 512,
     "eval_tokens": 512,

@@ -23,7 +23,7 @@ _BESIDE = {
     "benchmarks/": "what the figures above come from, with dated reports",
     "deepspeed_configs/": "DeepSpeed files, and which to take when",
     "recipes/": "run.yaml files to start from, a SLURM script",
-    "docs/": "settings, decisions, examples, how to add a family",
+    "docs/": "settings, recipe, decisions, examples, how to add a family",
 }
 
 

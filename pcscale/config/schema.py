@@ -121,13 +121,13 @@ class RunConfig(BaseModel):
     method: Literal["projected", "hard_prune"] = Field(default="projected", json_schema_extra=_MODEL)
     """`projected` trains projections of the frozen base; `hard_prune`, the control arm, trains the same start alone."""
     start: Literal["selection", "rescaled", "least_squares", "pca", "pca_least_squares"] = Field(
-        default="selection", json_schema_extra=_MODEL
+        default="pca_least_squares", json_schema_extra=_MODEL
     )
     """The compressed model before training. `selection` keeps the most important channels, as published; `rescaled`
     puts the norms right for what they no longer see; `least_squares` also rebuilds dropped channels from kept ones;
     `pca` rotates the residual stream onto its main directions; `pca_least_squares` also rebuilds ffn channels."""
     importance: Literal["activation", "energy", "magnitude", "random"] = Field(
-        default="activation", json_schema_extra=_MODEL
+        default="energy", json_schema_extra=_MODEL
     )
     """How channels are scored: by sums of activations on calibration text, by the energy that they give to what reads
     them there, by weight magnitude, or at random (with `seed`)."""
@@ -252,7 +252,9 @@ class RunConfig(BaseModel):
         if self.method == "hard_prune" and self.aux_learning_rate is not None:
             raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
         if self.start != "selection" and self.importance in ("magnitude", "random"):
-            raise ValueError(f"start {self.start} is made of activations: set importance activation or energy")
+            raise ValueError(
+                f"start {self.start} is made of activations: set importance energy or activation, or start selection"
+            )
         if self.gradient_dtype == "bfloat16" and not self.bf16:
             raise ValueError("gradient_dtype bfloat16 needs bf16: true: gradients of a float32 model are float32")
         if self.base_home == "zero" and (self.deepspeed is None or self.base_precision == "int8"):

@@ -14,8 +14,8 @@ from tests.config.files import load, refusal, yaml_file
 DOCUMENTED_DEFAULTS = {
     "keep": None,  # and means 0.5 where no other size is given
     "method": "projected",
-    "start": "selection",
-    "importance": "activation",
+    "start": "pca_least_squares",
+    "importance": "energy",
     "calibration_tokens": 262144,
     "sequence_length": 512,
     "max_steps": 1000,
@@ -158,7 +158,10 @@ def test_a_rank_is_full_or_a_number(rank: str, number: int | None, tmp_path: Pat
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("start: pca\nimportance: random", "start pca is made of activations: set importance activation or energy."),
+        (
+            "start: pca\nimportance: random",
+            "start pca is made of activations: set importance energy or activation, or start selection.",
+        ),
         ("hidden_size: 32", "hidden_size and intermediate_size go together: set both or neither."),
         ("intermediate_size: 32", "hidden_size and intermediate_size go together: set both or neither."),
         ("keep: 0.5\ntarget_params: 3e9", "keep and target_params both say the size: keep one of them."),

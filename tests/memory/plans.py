@@ -29,7 +29,9 @@ from tests.tiny import SIZES
 
 
 def settings(**changes: Any) -> RunConfig:
-    return RunConfig(base="-", output="-", data=DataConfig(train=["-"]), **changes)
+    """From the published start on."""
+    published = {"start": "selection", "importance": "activation"}
+    return RunConfig(base="-", output="-", data=DataConfig(train=["-"]), **(published | changes))
 
 
 def written_plan(folder: Path, family: str, widths: tuple[int, int], **changes: Any) -> Plan:

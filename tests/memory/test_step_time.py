@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from pcscale.config.schema import DataConfig, RunConfig
 from pcscale.families.plan import Plan
 from pcscale.families.registry import FAMILIES
 from pcscale.families.widths import plan_widths
@@ -26,7 +25,7 @@ from pcscale.memory.step_time import (
 )
 from pcscale.projection.layout import RecordFormat, record_bytes
 from tests.families.real_models import LLAMA_1B, LLAMA_1B_UNTIED, LLAMA_8B
-from tests.memory.plans import SLOW_HOST
+from tests.memory.plans import SLOW_HOST, settings
 from tests.memory.slow_step import TINY, SlowStep
 
 GPU = HARDWARE["a100-80gb"]
@@ -41,10 +40,6 @@ FORMS = [
     {"residency": "cpu", "gradient_home": "cpu", "gradient_accumulation_steps": 3, "gradient_checkpointing": True},
     {"residency": "disk", "record_dtype": "bfloat16", "bf16": True, "gradient_dtype": "bfloat16"},
 ]
-
-
-def settings(**changes: Any) -> RunConfig:
-    return RunConfig(base="-", output="-", data=DataConfig(train=["-"]), **changes)
 
 
 def tiny_plan(**changes: Any) -> Plan:

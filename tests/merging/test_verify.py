@@ -42,7 +42,7 @@ def run_folder(trained: Train, tmp_path: Path) -> Callable[..., Path]:
         else:
             shutil.copytree(run.checkpoint, checkpoint)
         data = DataConfig(train=["text.txt"])
-        config = RunConfig(base=str(run.base_folder), output=str(folder), data=data, method=method)
+        config = RunConfig(base=str(run.base_folder), output=str(folder), data=data, method=method, start="selection")
         (folder / "run.yaml").write_text(dump_run_config(config))
         if merged:
             merge_run(run, folder / "merged")

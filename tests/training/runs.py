@@ -43,6 +43,8 @@ def run_values(world: World, output: Path, **changes: Any) -> dict[str, Any]:
         "sequence_length": 24,
         "calibration_tokens": 480,
         "eval_tokens": 480,
+        "start": "selection",
+        "importance": "activation",
         "max_steps": 10,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,

@@ -148,7 +148,7 @@ def test_the_plan_without_a_teacher_names_none(world: World, run: Path) -> None:
 def cached_config(whole: Path, **changes: Any) -> RunConfig:
     values = {"base": "-", "output": "-", "data": DataConfig(train=["-"]), "max_steps": 10, "sequence_length": 24}
     batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    return RunConfig(**{**values, **batch, "distill": DistillConfig(**of(whole)), **changes})
+    return RunConfig(**{**values, **batch, "start": "selection", "distill": DistillConfig(**of(whole)), **changes})
 
 
 def test_what_it_holds_and_says_is_predicted_to_the_byte(whole: Path, tiny_base: TinyBase) -> None:

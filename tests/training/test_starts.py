@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from pcscale.common.errors import RunError
+from pcscale.config.load import check_values
 from pcscale.config.schema import RunConfig
 from pcscale.projection.starts import STARTS
 from pcscale.training import loop
 from pcscale.training.pipeline import compress
-from tests.training.runs import World, curve, invoke, merged_weights, run_config
+from tests.training.runs import World, curve, invoke, merged_weights, run_config, run_values
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -66,3 +67,13 @@ def test_a_run_that_stops_goes_on_bit_for_bit(
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
     assert merged_weights(tmp_path / "stopped") == merged_weights(tmp_path / "whole")
     assert_verified(tmp_path / "stopped")
+
+
+def test_the_default_start_is_rotated_and_rebuilt(world: World, run: Path) -> None:
+    values = run_values(world, run)
+    del values["start"], values["importance"]
+    config = check_values(values, "test")
+    assert (config.start, config.importance) == ("pca_least_squares", "energy")
+    found = compress(config)["evaluation"]
+    assert found["compressed"]["loss"] < found["start"]["loss"]
+    assert_verified(run)

@@ -159,6 +159,7 @@ def test_what_it_holds_and_says_is_predicted_to_the_byte(top_k: int | None, comp
     config = RunConfig(
         base="-",
         output="-",
+        start="selection",
         data=DataConfig(train=["-"]),
         distill=DistillConfig(top_k=top_k),
         per_device_train_batch_size=2,
