@@ -21,6 +21,12 @@ MAIN_METRICS = ("acc_norm", "acc")
 """What a task adds to the mean: the first of these that it has."""
 
 _DATA_FORMATS = ("json", "csv", "parquet", "text")
+_GENERATION_KEYS = (
+    *("until", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+)
+"""What a task file may say of how answers are written. All goes to `generate` of transformers, which runs code that
+some other keys name."""
 
 TaskSpec = str | dict[str, Any]
 """A name that the harness knows, or the content of a task file."""
@@ -102,6 +108,13 @@ def _check(values: dict[str, Any], path: str) -> dict[str, Any]:
     if not isinstance(source, str) or (source not in _DATA_FORMATS and "/" not in source):
         raise RequestError(
             f"{path}: dataset_path is {source!r}, expected {', '.join(_DATA_FORMATS)} or a Hub data set (owner/name)."
+        )
+    generation = values.get("generation_kwargs") or {}
+    unknown = [key for key in generation if key not in _GENERATION_KEYS] if isinstance(generation, dict) else generation
+    if unknown:
+        raise RequestError(
+            f"{path}: generation_kwargs has {unknown!r}, expected a mapping with no other keys than "
+            f"{', '.join(_GENERATION_KEYS)}. Leave it out, or run the task with lm_eval itself."
         )
     return values
 

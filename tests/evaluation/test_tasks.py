@@ -104,6 +104,25 @@ def test_data_that_is_not_read_as_data_is_refused(source: Any, tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"until": ["."], "custom_generate": "owner/code"}, "['custom_generate']"),
+        ({"trust_remote_code": True, "top_k": 5, None: 1}, "['trust_remote_code', None]"),
+        (["until"], "['until']"),
+        ("until", "'until'"),
+        (3, "3"),
+    ],
+)
+def test_what_transformers_would_be_told_beyond_how_to_write_is_refused(found: Any, named: str, tmp_path: Path) -> None:
+    path = write_task(tmp_path, generation_kwargs=found)
+    assert _refused(path) == (
+        f"{path}: generation_kwargs has {named}, expected a mapping with no other keys than until, do_sample, "
+        "temperature, top_p, top_k, num_beams, repetition_penalty, max_gen_toks, max_new_tokens, max_tokens, "
+        "max_completion_tokens. Leave it out, or run the task with lm_eval itself."
+    )
+
+
 def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
     said = _refused(tmp_path / "none")
     assert said == f"{tmp_path / 'none'} is no folder. Name a task, a .yaml file or a folder of .yaml files."
