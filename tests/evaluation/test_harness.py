@@ -1,11 +1,13 @@
 """Tasks on stock models, run by the harness: against log-likelihoods from plain logits, and what is refused."""
 
 import math
+import random
 import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -169,6 +171,57 @@ def test_a_second_model_is_asked_the_same(tmp_path: Path, model: Any, tokenizer:
     asked, said = _prompts(tasks), _log_likelihoods(tasks)
     assert run_tasks(tasks, request, model, tokenizer, "test") == first
     assert (_prompts(tasks), _log_likelihoods(tasks)) == (asked, said)
+
+
+def _scramble() -> None:
+    """As what ran before may have left the generators."""
+    random.seed()
+    np.random.seed()
+    torch.seed()
+
+
+def test_what_a_template_draws_is_the_same_for_every_model_and_every_time(
+    tmp_path: Path, model: Any, tokenizer: Any
+) -> None:
+    request = _request(write_task(tmp_path, doc_to_text="{{question.split(' ')|random}}"))
+    drawn = []
+    for _ in range(2):
+        _scramble()
+        tasks = load_tasks(request)
+        for _ in range(2):
+            _scramble()
+            run_tasks(tasks, request, model, tokenizer, "test")
+            drawn.append(_prompts(tasks))
+    assert drawn == [drawn[0]] * 4
+
+
+def test_sampled_answers_are_the_same_every_time(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    sampled = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 50, **WRITTEN["generation_kwargs"]}
+    request = _request(write_task(tmp_path, **{**WRITTEN, "generation_kwargs": sampled}))
+    tasks, answers = load_tasks(request), []
+    for _ in range(2):
+        _scramble()
+        run_tasks(tasks, request, model, tokenizer, "test")
+        answers.append([instance.resps for instance in tasks["mine"].instances])
+    assert answers[0] == answers[1]
+
+
+def test_what_is_drawn_while_data_is_read_is_the_harness_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    read, drawn = datasets.load_dataset, []
+
+    def shuffled(**arguments: Any) -> Any:
+        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
+        return read(**arguments)
+
+    monkeypatch.setattr("datasets.load_dataset", shuffled)
+    _scramble()
+    load_tasks(_request(write_task(tmp_path)))
+    # simple_evaluate's own seeds.
+    generators = random.Random(0), np.random.RandomState(1234), torch.Generator().manual_seed(1234)
+    expected = generators[0].random(), generators[1].random(), torch.rand((), generator=generators[2]).item()
+    assert drawn == [expected]
 
 
 def test_a_model_whose_outputs_are_not_finite_is_refused(tmp_path: Path, model: Any, tokenizer: Any) -> None:
