@@ -140,7 +140,7 @@ def _read_yaml(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
             values = yaml.load(stream, Loader=_DataLoader)
     except RequestError:
         raise
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise RequestError(f"{path} holds no task. Write one `key: value` a line.")

@@ -70,7 +70,14 @@ def test_a_function_in_a_task_file_or_in_what_it_includes_is_refused_and_never_r
 
 
 @pytest.mark.parametrize(
-    "content", [b"a: [", b"\xff\xfe\xfa", b"a: 2020-99-99", b"a: !!python/object/apply:os.system [ls]"]
+    "content",
+    [
+        b"a: [",
+        b"\xff\xfe\xfa",
+        b"a: 2020-99-99",
+        b"a: !!python/object/apply:os.system [ls]",
+        pytest.param(b"[" * 9000, id="nested"),
+    ],
 )
 def test_a_file_that_is_no_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "task.yaml"
