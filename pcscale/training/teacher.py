@@ -93,10 +93,14 @@ class CachedTeacher:
         """Of each batch `[B, T]` the most likely tokens, int32 `[B, T, k]`, and logarithms, float32, on the host."""
         said = []
         for ids_BT in batches:
-            kept = [self._cache.said(self._places[sequence_key(ids_T)], self._top_k) for ids_T in ids_BT]
-            self.read_bytes += sum(tensor.nbytes for pair in kept for tensor in pair)
-            top_BTk = torch.stack([top_Tk.int() for top_Tk, _ in kept])
-            said.append((top_BTk, torch.stack([log_p_Tk.float() for _, log_p_Tk in kept])))
+            top_BTk = torch.empty(*ids_BT.shape, self._top_k, dtype=torch.int32)
+            log_p_BTk = torch.empty(top_BTk.shape)
+            for row, ids_T in enumerate(ids_BT):
+                # Copied at once: a view keeps its shard open.
+                top_Tk, log_p_Tk = self._cache.said(self._places[sequence_key(ids_T)], self._top_k)
+                top_BTk[row], log_p_BTk[row] = top_Tk, log_p_Tk
+                self.read_bytes += top_Tk.nbytes + log_p_Tk.nbytes
+            said.append((top_BTk, log_p_BTk))
         return said
 
 

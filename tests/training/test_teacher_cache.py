@@ -1,0 +1,45 @@
+"""A teacher's folder as it is read: how many files are open at a time."""
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcscale.config.schema import DistillConfig
+from pcscale.training.teacher import CachedTeacher
+from pcscale.training.teacher_cache import OPEN_SHARDS, TeacherCache, TeacherManifest, shard_name, write_shard
+
+
+def build_cache(folder: Path, shards: list[torch.Tensor]) -> TeacherCache:
+    """A folder with a shard for each of some sequences `[N, T]`; said are their own ids and the next higher ones."""
+    written = {}
+    for number, ids_NT in enumerate(shards):
+        top_NTk = ids_NT[:, :, None] + torch.arange(2)
+        name = shard_name(number)
+        written[name] = write_shard(folder / name, ids_NT, [(top_NTk, -top_NTk.float())], vocab_size=2**15)
+    base = {"base_name": "-", "base_revision": None, "base_config": {}, "base_fingerprints": {}}
+    made = {"sequence_length": shards[0].shape[1], "top_k": 2, "temperature": 1.0, "dtype": "float32"}
+    return TeacherCache(folder, TeacherManifest(**base, **made, shards=written))
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """This process may open some half as many files more as there are shards in the test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_open = len(list(Path("/dev/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (is_open + 2 * OPEN_SHARDS, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("few_files")
+def test_a_folder_may_have_more_shards_than_a_process_may_have_files_open(tmp_path: Path) -> None:
+    ids_NT = torch.arange(4 * OPEN_SHARDS)[:, None] + torch.arange(3)
+    cache = build_cache(tmp_path, list(ids_NT.split(1)))
+    teacher = CachedTeacher(cache, DistillConfig(top_k=2), ids_NT, more="", check=True)
+    ((top_BTk, log_p_BTk),) = teacher.says([ids_NT])
+    expected = ids_NT[:, :, None] + torch.arange(2)
+    assert torch.equal(top_BTk, expected.int())
+    assert torch.equal(log_p_BTk, -expected.float())
