@@ -135,9 +135,11 @@ def _bind(folder: Path, manifest: TeacherManifest, base: MappedBase) -> TeacherM
     fingerprints = base.check_all()
     # A shard that somebody has removed is made again.
     kept = {name: found for name, found in manifest.shards.items() if (folder / name).exists()}
-    manifest = dataclasses.replace(manifest, base_fingerprints=fingerprints, shards=kept)
-    TeacherCache(folder, manifest).check("Remove it and run the same command again.")
-    return manifest
+    bound = dataclasses.replace(manifest, base_fingerprints=fingerprints, shards=kept)
+    TeacherCache(folder, bound).check("Remove it and run the same command again.")
+    if kept != manifest.shards:
+        bound.write(folder)  # This text may lack none of them, and then nothing else would be written.
+    return bound
 
 
 def _fill(
@@ -165,6 +167,7 @@ def _fill(
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
             leftover.unlink()
+    manifest.write(folder)  # A folder with shards alone would be taken for somebody else's.
     done = 0
     with StopRequest() as stop:
         for number, (name, rows) in enumerate(zip(_free_names(manifest), shards, strict=False), 1):
