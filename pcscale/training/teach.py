@@ -118,7 +118,7 @@ def _open(folder: Path, config: RunConfig, base: MappedBase, dtype: torch.dtype)
             sequence_length=("sequence_length", new.sequence_length),
             top_k=("distill.top_k", new.top_k),
             temperature=("distill.temperature", new.temperature),
-            dtype=("the dtype that the base runs in", new.dtype),
+            dtype=("the dtype that the base runs in (bfloat16 by bf16=true on a GPU)", new.dtype),
         )
         return found
     others = [path.name for path in folder.iterdir()] if folder.exists() else []

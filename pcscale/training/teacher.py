@@ -125,6 +125,11 @@ def find_taught(
     more = f"pcscale teach {quote(str(run_yaml))} --tokens {train_NT.numel()}"
     if distill.top_k != cache.manifest.top_k:
         more += f" --top-k {cache.manifest.top_k}"
+    in_bf16 = cache.manifest.dtype == "bfloat16"
+    if in_bf16 != config.bf16:
+        more += f" bf16={str(in_bf16).lower()}"
+        if config.gradient_dtype == "bfloat16":  # Refused without bf16.
+            more += " gradient_dtype=float32"
     check = topology.local_rank == 0  # Once a host.
     teacher = CachedTeacher(cache, distill, seen_MT, more, check)
     console.say(f"teacher: {len(seen_MT):,} sequences found in {cache.folder}")

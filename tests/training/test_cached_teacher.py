@@ -241,6 +241,36 @@ def test_sequences_that_are_missing_are_counted_and_the_command_that_is_named_ad
     assert len(losses(run)) == 10
 
 
+@pytest.mark.parametrize(
+    ("made_in", "settings", "as_it_was_made"),
+    [
+        ("float32", {"bf16": True}, " bf16=false"),
+        ("float32", {"bf16": True, "gradient_dtype": "bfloat16"}, " bf16=false gradient_dtype=float32"),
+        ("bfloat16", {"bf16": False}, " bf16=true"),
+        ("bfloat16", {"bf16": True}, ""),
+    ],
+)
+def test_the_command_that_adds_sequences_has_the_base_run_in_the_dtype_of_the_folder(
+    made_in: str,
+    settings: dict[str, Any],
+    as_it_was_made: str,
+    refuse: Callable[..., str],
+    world: World,
+    run: Path,
+    tmp_path: Path,
+) -> None:
+    taught = tmp_path / "taught"
+    teach(world, taught, "--tokens", str(30 * 24))
+    path = taught / "teacher.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": made_in}))
+    said = refuse(of(taught), **settings)
+    command = f"pcscale teach {run / 'run.yaml'} --tokens 960{as_it_was_made}"
+    assert said.endswith(f"Add them: {command}")
+    if made_in == "float32":  # Processors have no other.
+        assert invoke(*shlex.split(command)[1:]).exit_code == 0
+        assert invoke("compress", tmp_path / "run.yaml").exit_code == 0
+
+
 def test_a_shard_that_is_missing_or_changed(refuse: Callable[..., str], taught: Path, run: Path) -> None:
     path = taught / "shard-00000.safetensors"
     data = bytearray(path.read_bytes())

@@ -264,8 +264,8 @@ def test_a_folder_that_was_made_in_another_dtype_is_not_touched(world: World, ta
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
     before = snapshot(taught)
     assert refusal(*teach_arguments(world, taught)) == (
-        f"the dtype that the base runs in is float32, {taught} was made with bfloat16. "
-        "Set that, or name another folder."
+        f"the dtype that the base runs in (bfloat16 by bf16=true on a GPU) is float32, {taught} was made with "
+        "bfloat16. Set that, or name another folder."
     )
     assert snapshot(taught) == before
 
