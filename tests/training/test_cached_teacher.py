@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,15 +169,6 @@ def known_sequences(whole: Path) -> torch.Tensor:
 
     manifest = TeacherManifest.read(whole)
     return sequences(World(Path(manifest.base_name), Path(manifest.base_name).parent / "text.txt"))
-
-
-def test_a_place_takes_what_is_predicted() -> None:
-    count = 2**14
-    tracemalloc.start()
-    places = {key.to_bytes(16, "little"): ("shard-00000.safetensors", key) for key in range(300, 300 + count)}
-    held = tracemalloc.get_traced_memory()[0] / len(places)
-    tracemalloc.stop()
-    assert held == pytest.approx(PLACE_BYTES, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["rtx-4090", "h100-80gb"])

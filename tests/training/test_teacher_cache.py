@@ -1,15 +1,21 @@
-"""A teacher's folder as it is read: how many files are open at a time."""
+"""A teacher's folder as it is read: how many files are open at a time, and what memory it takes."""
 
+import gc
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pcscale.config.schema import DistillConfig
-from pcscale.training.teacher import CachedTeacher
-from pcscale.training.teacher_cache import OPEN_SHARDS, TeacherCache, TeacherManifest, shard_name, write_shard
+from pcscale.common.topology import ONE_PROCESS
+from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
+from pcscale.memory.components import PLACE_BYTES
+from pcscale.memory.process import anonymous_bytes, release_freed
+from pcscale.training.teacher import CachedTeacher, find_taught
+from pcscale.training.teacher_cache import OPEN_SHARDS, Place, TeacherCache, TeacherManifest, shard_name, write_shard
+from tests.memory.touched import SIZE, SLACK
 
 
 def build_cache(folder: Path, shards: list[torch.Tensor]) -> TeacherCache:
@@ -43,3 +49,38 @@ def test_a_folder_may_have_more_shards_than_a_process_may_have_files_open(tmp_pa
     expected = ids_NT[:, :, None] + torch.arange(2)
     assert torch.equal(top_BTk, expected.int())
     assert torch.equal(log_p_BTk, -expected.float())
+
+
+@pytest.mark.parametrize("count", [2**12, 2**13 - 1, 10_000, 12_000])
+def test_a_place_takes_what_is_predicted_also_while_it_is_looked_for(count: int, tmp_path: Path) -> None:
+    ids_NT = torch.arange(count)[:, None]
+    cache = build_cache(tmp_path, list(ids_NT.split(2**12)))
+    gc.collect()
+    tracemalloc.start()
+    teacher = CachedTeacher(cache, DistillConfig(top_k=2), (ids_NT[row] for row in range(count)), more="", check=False)
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del teacher
+    assert (held / count, most / count) == pytest.approx((PLACE_BYTES, PLACE_BYTES), rel=0.15)
+
+
+class Watched(TeacherCache):
+    """Looks at memory when sequences are looked for."""
+
+    held = 0
+
+    def places(self) -> Iterator[tuple[bytes, Place]]:
+        self.held = anonymous_bytes()
+        return super().places()
+
+
+def test_the_text_is_not_copied_to_be_found(tmp_path: Path) -> None:
+    train_NT = torch.ones(2**10, SIZE // 2**12, dtype=torch.int32)
+    cache = Watched(tmp_path, build_cache(tmp_path, [train_NT[:1]]).manifest)
+    distill = DistillConfig(top_k=2, cache=str(tmp_path))
+    data = DataConfig(train=["-"])
+    config = RunConfig(base="-", output="-", data=data, distill=distill, max_steps=2**10)
+    release_freed()
+    before = anonymous_bytes()
+    find_taught(cache, config, train_NT, ONE_PROCESS, tmp_path / "run.yaml")
+    assert cache.held - before < SLACK
