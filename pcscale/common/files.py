@@ -119,7 +119,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError, PermissionError, RecursionError) as error:
         raise RequestError(f"{path} is not JSON ({error}). Restore the file.") from None
 
 

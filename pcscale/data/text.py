@@ -20,7 +20,7 @@ from pcscale.common.errors import RequestError
 _GLOB_SIGN = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # NotImplementedError: pyarrow raises a kind of it for a parquet encoding or compression that it cannot read.
-_BROKEN_FILE = (ValueError, OSError, EOFError, NotImplementedError, zlib.error)
+_BROKEN_FILE = (ValueError, OSError, EOFError, NotImplementedError, RecursionError, zlib.error)
 # A row group may hold a gigabyte of text; so many rows at a time are enough for speed.
 _PARQUET_ROWS = 256
 

@@ -4,6 +4,7 @@ import difflib
 import logging
 import math
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import lm_eval.api.metrics  # It registers them.
 import lm_eval.utils
+import numpy as np
+import torch
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import Task
-from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -44,6 +47,7 @@ def load_tasks(request: TaskRequest) -> dict[str, Task]:
         RequestError: the harness has no such task, two have one name, its data cannot be read or it would run code.
     """
     console.say(f"reading {', '.join(request.specs)}")
+    _seed()
     silence_datasets()
     _render_in_a_sandbox()
     with _silenced():
@@ -82,6 +86,7 @@ def run_tasks(
         RequestError: the model's outputs are not finite.
         RunError: the harness failed.
     """
+    _seed()
     os.environ["DISABLE_MULTIPROC"] = "1"  # It would fork a process that has threads, to bootstrap for a second.
     for task in tasks.values():
         task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # The same examples for every model.
@@ -194,6 +199,13 @@ def _figures(result: dict[str, Any], samples: int) -> dict[str, Any]:
         if "," in key and isinstance(value, int | float) and math.isfinite(value)
     }
     return {**numbers, "samples": samples}
+
+
+def _seed() -> None:
+    """What tasks draw, in choosing documents or in sampled answers, is the same each time, and the harness's own."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # The generator that tasks use.
+    torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
 def _render_in_a_sandbox() -> None:

@@ -21,6 +21,12 @@ MAIN_METRICS = ("acc_norm", "acc")
 """What a task adds to the mean: the first of these that it has."""
 
 _DATA_FORMATS = ("json", "csv", "parquet", "text")
+_GENERATION_KEYS = (
+    *("until", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+)
+"""What a task file may say of how answers are written. All goes to `generate` of transformers, which runs code that
+some other keys name."""
 
 TaskSpec = str | dict[str, Any]
 """A name that the harness knows, or the content of a task file."""
@@ -103,6 +109,13 @@ def _check(values: dict[str, Any], path: str) -> dict[str, Any]:
         raise RequestError(
             f"{path}: dataset_path is {source!r}, expected {', '.join(_DATA_FORMATS)} or a Hub data set (owner/name)."
         )
+    generation = values.get("generation_kwargs") or {}
+    unknown = [key for key in generation if key not in _GENERATION_KEYS] if isinstance(generation, dict) else generation
+    if unknown:
+        raise RequestError(
+            f"{path}: generation_kwargs has {unknown!r}, expected a mapping with no other keys than "
+            f"{', '.join(_GENERATION_KEYS)}. Leave it out, or run the task with lm_eval itself."
+        )
     return values
 
 
@@ -127,7 +140,7 @@ def _read_yaml(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
             values = yaml.load(stream, Loader=_DataLoader)
     except RequestError:
         raise
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise RequestError(f"{path} holds no task. Write one `key: value` a line.")

@@ -5,6 +5,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json
@@ -43,7 +44,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The tensors and the metadata of one safetensors file.
 
     Raises:
-        RequestError: the file is missing, truncated, or its header is not one of safetensors.
+        RequestError: the file is missing, truncated or may not be read, or its header is not one of safetensors.
     """
     try:
         size = file.stat().st_size
@@ -53,20 +54,30 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             header_bytes = handle.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
     except (FileNotFoundError, IsADirectoryError):
         raise RequestError(f"{file} is missing. Fetch or copy it again.") from None
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read ({error.strerror}). Check its permissions and its disk.") from None
     if size < 8 or (0 < length <= _MAX_HEADER_BYTES and len(header_bytes) < length):
         raise RequestError(f"{file} is truncated inside its header ({size} bytes). Fetch or copy it again.")
     try:
         header = json.loads(header_bytes)
-        metadata = header.pop("__metadata__", {})
+        metadata = _metadata(header.pop("__metadata__", None))
         entries = {name: _entry(name, file, fields, 8 + length) for name, fields in header.items()}
     except RequestError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RequestError(f"{file} is not a safetensors file: its header cannot be read.") from None
     end = max((entry.start + entry.num_bytes for entry in entries.values()), default=8 + length)
     if size < end:
         raise RequestError(f"{file} is truncated: {size} bytes, its header says {end}. Fetch or copy it again.")
     return entries, metadata
+
+
+def _metadata(fields: Any) -> dict[str, str]:
+    if fields is None:  # To the format's own reader null is as good as absent.
+        return {}
+    if any(not isinstance(value, str) for value in fields.values()):
+        raise ValueError("__metadata__")
+    return fields
 
 
 def _entry(name: str, file: Path, fields: dict, data_start: int) -> TensorEntry:

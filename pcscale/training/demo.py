@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
@@ -82,7 +82,13 @@ def fetch_smollm2(cache: Path) -> Path:
     if find_spec("gguf") is None:
         raise RequestError("the demo needs the package gguf to read its base. Run `pip install gguf`.")
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{BASE_NAME}.lock"):
+    lock = FileLock(cache / f".{BASE_NAME}.lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        console.say(f"waiting for another process, which is making {folder}")
+        held = lock.acquire()
+    with held:
         if not folder.exists():  # Another process may have made it meanwhile.
             _make_smollm2(folder)
     return folder

@@ -9,7 +9,7 @@ from typing import Any
 
 from pcscale.base.int8 import CACHE_NAME
 from pcscale.common.errors import RequestError
-from pcscale.common.files import TEMPORARY_PREFIX, said_plainly, temporary_beside, write_text
+from pcscale.common.files import TEMPORARY_PREFIX, read_json, said_plainly, temporary_beside, write_json, write_text
 from pcscale.config.load import check_values, dump_run_config, read_values
 from pcscale.config.schema import RunConfig
 from pcscale.data.token_file import TOKENS_NAME
@@ -141,6 +141,11 @@ class RunFolder:
             self.memory,
         ):
             path.unlink(missing_ok=True)
+
+    def forget_merged(self) -> None:
+        """Forget how good the merged model is, since training goes on: what is merged then is another one."""
+        found = read_json(self.evaluation)
+        write_json(self.evaluation, {key: found[key] for key in found if key not in ("compressed", "sample")})
 
     def records_of(self, rank: int) -> Path:
         """Where a rank keeps the records that live in files."""

@@ -241,6 +241,7 @@ class _Run:
             console.say(f"training is complete at step {manifest.step}")
             first_alone(self.setup.group, lambda: cut_metrics(self.folder.metrics, manifest.step))
             return
+        first_alone(self.setup.group, self.folder.forget_merged)
         try:
             with (
                 self._phase("train"),

@@ -54,7 +54,8 @@ def teach(config: RunConfig, tokens: int | None = None) -> dict[str, Any]:
         RunError: the disk is full.
         Interrupted: the user asked to stop; finished shards stay.
 
-    Memory: one layer, a block of the head, and a shard's hidden states, 0.5 GiB at most.
+    Memory: one layer, a block of the head, a shard's hidden states, 0.5 GiB at most, 4 bytes a token of the text, and
+    some 130 bytes a sequence.
     """
     started = time.monotonic()
     distill = config.distill
@@ -118,7 +119,7 @@ def _open(folder: Path, config: RunConfig, base: MappedBase, dtype: torch.dtype)
             sequence_length=("sequence_length", new.sequence_length),
             top_k=("distill.top_k", new.top_k),
             temperature=("distill.temperature", new.temperature),
-            dtype=("the dtype that the base runs in", new.dtype),
+            dtype=("the dtype that the base runs in (bfloat16 by bf16=true on a GPU)", new.dtype),
         )
         return found
     others = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -135,9 +136,11 @@ def _bind(folder: Path, manifest: TeacherManifest, base: MappedBase) -> TeacherM
     fingerprints = base.check_all()
     # A shard that somebody has removed is made again.
     kept = {name: found for name, found in manifest.shards.items() if (folder / name).exists()}
-    manifest = dataclasses.replace(manifest, base_fingerprints=fingerprints, shards=kept)
-    TeacherCache(folder, manifest).check("Remove it and run the same command again.")
-    return manifest
+    bound = dataclasses.replace(manifest, base_fingerprints=fingerprints, shards=kept)
+    TeacherCache(folder, bound).check("Remove it and run the same command again.")
+    if kept != manifest.shards:
+        bound.write(folder)  # This text may lack none of them, and then nothing else would be written.
+    return bound
 
 
 def _fill(
@@ -146,8 +149,8 @@ def _fill(
     """Add the sequences that the folder lacks, shard by shard; returns how many they were."""
     seen = {key for key, _ in TeacherCache(folder, manifest).places()}
     missing = []
-    for row, ids_T in enumerate(ids_NT):
-        key = sequence_key(ids_T)
+    for row in range(len(ids_NT)):  # Not the tensor itself, which makes all of its rows at once.
+        key = sequence_key(ids_NT[row])
         if key not in seen:
             missing.append(row)
             seen.add(key)
@@ -165,6 +168,7 @@ def _fill(
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
             leftover.unlink()
+    manifest.write(folder)  # A folder with shards alone would be taken for somebody else's.
     done = 0
     with StopRequest() as stop:
         for number, (name, rows) in enumerate(zip(_free_names(manifest), shards, strict=False), 1):

@@ -1,5 +1,6 @@
 """The frozen base as a teacher: a step's batches go through it layer by layer, or were given to it before the run."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
 
@@ -15,7 +16,7 @@ from pcscale.compressed.loss import Distillation
 from pcscale.config.schema import DistillConfig, RunConfig
 from pcscale.data.loader import sequences_seen
 from pcscale.memory.components import PLACE_BYTES
-from pcscale.training.teacher_cache import TeacherCache, sequence_key
+from pcscale.training.teacher_cache import Place, TeacherCache, sequence_key
 
 
 class Teacher:
@@ -60,7 +61,7 @@ class CachedTeacher:
     Args:
         cache: where it is kept.
         settings: of run.yaml; `top_k` is the cache's or less.
-        seen_MT: token ids of every sequence that will be asked for.
+        sequences: token ids `[T]` of every sequence that will be asked for.
         more: the command that adds what is missing, for errors.
         check: compare the cache's files with their fingerprints first.
 
@@ -71,18 +72,20 @@ class CachedTeacher:
     """
 
     def __init__(
-        self, cache: TeacherCache, settings: DistillConfig, seen_MT: torch.Tensor, more: str, check: bool
+        self, cache: TeacherCache, settings: DistillConfig, sequences: Iterable[torch.Tensor], more: str, check: bool
     ) -> None:
         assert settings.top_k is not None
         if check:
             cache.check(f"Remove it and make it again: {more}")
-        wanted = {sequence_key(ids_T) for ids_T in seen_MT}
         self._cache, self._top_k = cache, settings.top_k
-        self._places = {key: place for key, place in cache.places() if key in wanted}
-        missing = len(wanted) - len(self._places)
+        self._places: dict[bytes, Place | None] = dict.fromkeys(map(sequence_key, sequences))
+        for key, place in cache.places():
+            if key in self._places:
+                self._places[key] = place
+        missing = sum(place is None for place in self._places.values())
         if missing:
             raise RequestError(
-                f"distill.cache {cache.folder} lacks {missing:,} of the {len(wanted):,} sequences that this run "
+                f"distill.cache {cache.folder} lacks {missing:,} of the {len(self._places):,} sequences that this run "
                 f"trains on. Add them: {more}"
             )
         ledger.keep(self, TEACHER, "host", PLACE_BYTES * len(self._places))
@@ -93,10 +96,16 @@ class CachedTeacher:
         """Of each batch `[B, T]` the most likely tokens, int32 `[B, T, k]`, and logarithms, float32, on the host."""
         said = []
         for ids_BT in batches:
-            kept = [self._cache.said(self._places[sequence_key(ids_T)], self._top_k) for ids_T in ids_BT]
-            self.read_bytes += sum(tensor.nbytes for pair in kept for tensor in pair)
-            top_BTk = torch.stack([top_Tk.int() for top_Tk, _ in kept])
-            said.append((top_BTk, torch.stack([log_p_Tk.float() for _, log_p_Tk in kept])))
+            top_BTk = torch.empty(*ids_BT.shape, self._top_k, dtype=torch.int32)
+            log_p_BTk = torch.empty(top_BTk.shape)
+            for row, ids_T in enumerate(ids_BT):
+                place = self._places[sequence_key(ids_T)]
+                assert place is not None
+                # Copied at once: a view keeps its shard open.
+                top_Tk, log_p_Tk = self._cache.said(place, self._top_k)
+                top_BTk[row], log_p_BTk[row] = top_Tk, log_p_Tk
+                self.read_bytes += top_Tk.nbytes + log_p_Tk.nbytes
+            said.append((top_BTk, log_p_BTk))
         return said
 
 
@@ -117,11 +126,17 @@ def find_taught(
     distill = config.distill
     assert distill is not None
     count = config.max_steps * config.sequences_per_step * topology.world_size
-    seen_MT = train_NT[sequences_seen(len(train_NT), config.seed, count)]
+    seen = sequences_seen(len(train_NT), config.seed, count)
     more = f"pcscale teach {quote(str(run_yaml))} --tokens {train_NT.numel()}"
     if distill.top_k != cache.manifest.top_k:
         more += f" --top-k {cache.manifest.top_k}"
+    in_bf16 = cache.manifest.dtype == "bfloat16"
+    if in_bf16 != config.bf16:
+        more += f" bf16={str(in_bf16).lower()}"
+        if config.gradient_dtype == "bfloat16":  # Refused without bf16.
+            more += " gradient_dtype=float32"
     check = topology.local_rank == 0  # Once a host.
-    teacher = CachedTeacher(cache, distill, seen_MT, more, check)
-    console.say(f"teacher: {len(seen_MT):,} sequences found in {cache.folder}")
+    # One by one: together they would be a second copy of the text.
+    teacher = CachedTeacher(cache, distill, (train_NT[row] for row in seen.numpy()), more, check)
+    console.say(f"teacher: {len(seen):,} sequences found in {cache.folder}")
     return teacher

@@ -11,6 +11,7 @@ Legend: N sequences, T tokens of a sequence, k most likely tokens.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pcscale.common.files import read_json, write_json
 from pcscale.config.schema import RunConfig
 from pcscale.memory.working import token_bytes
 from pcscale.storage.hashing import fingerprint, fingerprint_file
-from pcscale.storage.index import TensorEntry, read_header
+from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader
 from pcscale.storage.writer import write_tensors
 
@@ -35,6 +36,8 @@ LOG_DTYPE = torch.float16
 """Of logarithms of probabilities: a relative error of 2^-11, and no text makes one below its range that matters."""
 KEYS, IDS, LOG_PROBABILITIES = "keys", "ids", "log_probabilities"
 _KEY_BYTES = 16
+OPEN_SHARDS = 64
+"""That stay mapped, by whichever was used last: each takes one of the some 1,000 files that a process may have open."""
 
 Place = tuple[str, int]
 """A shard, and the row of a sequence in it."""
@@ -123,7 +126,7 @@ class TeacherCache:
 
     def __init__(self, folder: Path, manifest: TeacherManifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._reader = TensorReader({})
+        self._shard = lru_cache(OPEN_SHARDS)(lambda name: TensorReader(read_header(folder / name)[0]))
 
     def check(self, remedy: str) -> None:
         """Compare every file with its fingerprint.
@@ -147,26 +150,14 @@ class TeacherCache:
     def places(self) -> Iterator[tuple[bytes, Place]]:
         """Every sequence's key, and where it lies."""
         for name in self.manifest.shards:
-            keys_N16 = self._shard_reader(name).tensor(_entry(name, KEYS))
-            for row, key_16 in enumerate(keys_N16.numpy()):
+            for row, key_16 in enumerate(self._shard(name).tensor(KEYS).numpy()):
                 yield key_16.tobytes(), (name, row)
 
     def said(self, place: Place, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and logarithms of the most likely tokens after each of a sequence, `[T, k]`: views, in stored dtypes."""
         name, row = place
-        reader = self._shard_reader(name)
-        ids_NTk, log_p_NTk = (reader.tensor(_entry(name, tensor)) for tensor in (IDS, LOG_PROBABILITIES))
+        ids_NTk, log_p_NTk = (self._shard(name).tensor(tensor) for tensor in (IDS, LOG_PROBABILITIES))
         return ids_NTk[row, :, :top_k], log_p_NTk[row, :, :top_k]
-
-    def _shard_reader(self, name: str) -> TensorReader:
-        if _entry(name, KEYS) not in self._reader.entries:
-            entries: dict[str, TensorEntry] = read_header(self.folder / name)[0]
-            self._reader.entries.update({_entry(name, tensor): entry for tensor, entry in entries.items()})
-        return self._reader
-
-
-def _entry(shard: str, tensor: str) -> str:
-    return f"{shard}/{tensor}"
 
 
 def _size(path: Path) -> int:

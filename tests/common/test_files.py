@@ -94,7 +94,7 @@ def test_a_missing_json_file_is_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "file" / "plan.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", pytest.param(b"[" * 90_000, id="nested")])
 def test_a_file_that_is_no_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(RequestError, match=r"plan\.json is not JSON \(.+\)\. Restore the file"):

@@ -159,6 +159,7 @@ def test_a_key_that_stands_twice_in_a_group_is_refused(tmp_path: Path) -> None:
         "? [a, b]\n: c\n",
         "keep: !!python/object:os.x 1\n",
         "base: 2026-13-45\n",
+        pytest.param(f"keep: {'[' * 9000}\n", id="nested"),
     ],
 )
 def test_broken_yaml_is_refused(more: str, tmp_path: Path) -> None:

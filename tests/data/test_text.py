@@ -198,6 +198,7 @@ def test_json_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         ("a.txt", "é".encode("latin-1"), "UnicodeDecodeError: 'utf-8' codec can't decode"),
         ("a.jsonl", b'{"text": "x"}\n{"text":\n', "ValueError: line 2, column 9: Expecting value"),
         ("a.json", b'[{"text": "x"},\n', "JSONDecodeError: "),
+        pytest.param("a.jsonl", b'{"text": ' + b"[" * 90_000, "RecursionError: maximum recursion depth", id="nested"),
         ("a.parquet", b"nonsense", "ArrowInvalid: Parquet magic bytes not found"),
         ("a.txt.gz", b"nonsense", "BadGzipFile: Not a gzipped file"),
         ("b.txt.gz", gzip.compress(os.urandom(1000))[:500], "EOFError: Compressed file ended"),

@@ -1,5 +1,6 @@
 """What a run's token file says without torch: whose ids it holds, and whether they begin alike."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,18 @@ def test_a_file_that_does_not_say_its_tokenizer_is_refused(tmp_path: Path) -> No
     save_file({"train": IDS, "validation": IDS}, tmp_path / TOKENS_NAME, {"key": "f00d"})
     with pytest.raises(RequestError, match=r"does not say which tokenizer made it: it was written by an earlier ver"):
         read_token_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"), [(None, r"does not say which tokenizer made it"), (3, "not a safete")]
+)
+def test_a_header_without_metadata_is_refused(metadata: object, message: str, tmp_path: Path) -> None:
+    file = _write(tmp_path / "run") / TOKENS_NAME
+    length, data = int.from_bytes(file.read_bytes()[:8], "little"), file.read_bytes()[8:]
+    header = json.dumps(json.loads(data[:length]) | {"__metadata__": metadata}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[length:])
+    with pytest.raises(RequestError, match=message):
+        read_token_file(tmp_path / "run")
 
 
 def test_torch_is_not_imported() -> None:

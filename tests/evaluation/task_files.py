@@ -63,3 +63,12 @@ LAST_WORD = {
     ],
 }
 """Changes that make it a task like lambada."""
+
+WRITTEN = {
+    "output_type": "generate_until",
+    "doc_to_target": "{{answers[right]}}",
+    "doc_to_choice": None,
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+}
+"""Changes that make it a task whose answers the model writes."""

@@ -1,10 +1,13 @@
 """Tasks on stock models, run by the harness: against log-likelihoods from plain logits, and what is refused."""
 
 import math
+import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError, RunError
 from pcscale.evaluation.tasks import TASK_SETS, TaskRequest, task_specs
-from tests.evaluation.task_files import LAST_WORD, documents, write_task
+from tests.evaluation.task_files import LAST_WORD, WRITTEN, documents, write_task
 from tests.tiny import build_base
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -118,6 +121,29 @@ def test_a_last_word_is_scored_like_plain_logits_do(tmp_path: Path, model: Any, 
     assert result["acc"] == statistics.mean(greedy)
 
 
+@pytest.mark.parametrize(
+    ("length", "settings"),
+    [
+        ("max_gen_toks", {"do_sample": False}),
+        ("max_new_tokens", {"num_beams": 2, "repetition_penalty": 1.5}),
+        ("max_tokens", {}),
+        ("max_completion_tokens", {}),
+    ],
+)
+def test_answers_are_those_that_the_stock_model_writes(
+    length: str, settings: dict[str, Any], tmp_path: Path, model: Any, tokenizer: Any
+) -> None:
+    path = write_task(tmp_path, **{**WRITTEN, "generation_kwargs": {"until": ["\n"], length: 6, **settings}})
+    request = replace(_request(path, limit=5), batch_size=1)
+    tasks = load_tasks(request)
+    assert run_tasks(tasks, request, model, tokenizer, "test")["tasks"]["mine"]["samples"] == 5
+    for row, instance in zip(documents(5), tasks["mine"].instances, strict=True):
+        asked = tokenizer(row["question"], return_tensors="pt")
+        written = model.generate(**asked, max_new_tokens=6, **{"do_sample": False, **settings})
+        text = tokenizer.decode(written[0, asked.input_ids.shape[1] :])
+        assert instance.resps == [text.split("\n")[0].split(tokenizer.eos_token)[0]]
+
+
 def test_a_limit_takes_the_first_documents(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     request = _request(write_task(tmp_path), limit=1)
     tasks = load_tasks(request)
@@ -145,6 +171,57 @@ def test_a_second_model_is_asked_the_same(tmp_path: Path, model: Any, tokenizer:
     asked, said = _prompts(tasks), _log_likelihoods(tasks)
     assert run_tasks(tasks, request, model, tokenizer, "test") == first
     assert (_prompts(tasks), _log_likelihoods(tasks)) == (asked, said)
+
+
+def _scramble() -> None:
+    """As what ran before may have left the generators."""
+    random.seed()
+    np.random.seed()
+    torch.seed()
+
+
+def test_what_a_template_draws_is_the_same_for_every_model_and_every_time(
+    tmp_path: Path, model: Any, tokenizer: Any
+) -> None:
+    request = _request(write_task(tmp_path, doc_to_text="{{question.split(' ')|random}}"))
+    drawn = []
+    for _ in range(2):
+        _scramble()
+        tasks = load_tasks(request)
+        for _ in range(2):
+            _scramble()
+            run_tasks(tasks, request, model, tokenizer, "test")
+            drawn.append(_prompts(tasks))
+    assert drawn == [drawn[0]] * 4
+
+
+def test_sampled_answers_are_the_same_every_time(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    sampled = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "top_k": 50, **WRITTEN["generation_kwargs"]}
+    request = _request(write_task(tmp_path, **{**WRITTEN, "generation_kwargs": sampled}))
+    tasks, answers = load_tasks(request), []
+    for _ in range(2):
+        _scramble()
+        run_tasks(tasks, request, model, tokenizer, "test")
+        answers.append([instance.resps for instance in tasks["mine"].instances])
+    assert answers[0] == answers[1]
+
+
+def test_what_is_drawn_while_data_is_read_is_the_harness_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    read, drawn = datasets.load_dataset, []
+
+    def shuffled(**arguments: Any) -> Any:
+        drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
+        return read(**arguments)
+
+    monkeypatch.setattr("datasets.load_dataset", shuffled)
+    _scramble()
+    load_tasks(_request(write_task(tmp_path)))
+    # simple_evaluate's own seeds.
+    generators = random.Random(0), np.random.RandomState(1234), torch.Generator().manual_seed(1234)
+    expected = generators[0].random(), generators[1].random(), torch.rand((), generator=generators[2]).item()
+    assert drawn == [expected]
 
 
 def test_a_model_whose_outputs_are_not_finite_is_refused(tmp_path: Path, model: Any, tokenizer: Any) -> None:
@@ -177,6 +254,19 @@ def test_a_template_that_reaches_for_python_is_refused_and_never_run(tmp_path: P
     attack = f"{{{{cycler.__init__.__globals__.os.mkdir({str(tmp_path / 'ran')!r})}}}}"
     said = _refused(write_task(tmp_path, doc_to_text=attack))
     assert said.startswith(f"The task {tmp_path / 'mine.yaml'} cannot be read (SecurityError: ")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_transformers_would_write_answers_with_is_refused_and_never_run(
+    tmp_path: Path, model: Any, tokenizer: Any
+) -> None:
+    code = tmp_path / "code" / "custom_generate" / "generate.py"
+    code.parent.mkdir(parents=True)
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(model, input_ids, **_): return input_ids\n")
+    attack = {"max_gen_toks": 6, "custom_generate": str(tmp_path / "code"), "trust_remote_code": True}
+    path = write_task(tmp_path, **{**WRITTEN, "generation_kwargs": attack})
+    with pytest.raises(RequestError, match=r"generation_kwargs has \['custom_generate', 'trust_remote_code'\]"):
+        run_tasks(load_tasks(_request(path)), _request(path), model, tokenizer, "test")
     assert not (tmp_path / "ran").exists()
 
 

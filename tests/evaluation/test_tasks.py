@@ -70,7 +70,14 @@ def test_a_function_in_a_task_file_or_in_what_it_includes_is_refused_and_never_r
 
 
 @pytest.mark.parametrize(
-    "content", [b"a: [", b"\xff\xfe\xfa", b"a: 2020-99-99", b"a: !!python/object/apply:os.system [ls]"]
+    "content",
+    [
+        b"a: [",
+        b"\xff\xfe\xfa",
+        b"a: 2020-99-99",
+        b"a: !!python/object/apply:os.system [ls]",
+        pytest.param(b"[" * 9000, id="nested"),
+    ],
 )
 def test_a_file_that_is_no_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "task.yaml"
@@ -101,6 +108,25 @@ def test_data_that_is_not_read_as_data_is_refused(source: Any, tmp_path: Path) -
     path = write_task(tmp_path, dataset_path=source)
     assert _refused(path) == (
         f"{path}: dataset_path is {source!r}, expected json, csv, parquet, text or a Hub data set (owner/name)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"until": ["."], "custom_generate": "owner/code"}, "['custom_generate']"),
+        ({"trust_remote_code": True, "top_k": 5, None: 1}, "['trust_remote_code', None]"),
+        (["until"], "['until']"),
+        ("until", "'until'"),
+        (3, "3"),
+    ],
+)
+def test_what_transformers_would_be_told_beyond_how_to_write_is_refused(found: Any, named: str, tmp_path: Path) -> None:
+    path = write_task(tmp_path, generation_kwargs=found)
+    assert _refused(path) == (
+        f"{path}: generation_kwargs has {named}, expected a mapping with no other keys than until, do_sample, "
+        "temperature, top_p, top_k, num_beams, repetition_penalty, max_gen_toks, max_new_tokens, max_tokens, "
+        "max_completion_tokens. Leave it out, or run the task with lm_eval itself."
     )
 
 

@@ -1,6 +1,8 @@
 """What headers say, beside what the safetensors library reads, and what broken files are told."""
 
+import errno
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -57,6 +59,13 @@ def test_a_file_without_metadata_has_none(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     _save(path)
     assert read_header(path)[1] == {}
+
+
+def test_metadata_that_is_null_is_none_as_to_the_library(tmp_path: Path) -> None:
+    path = _raw(tmp_path / "some.safetensors", {"x": _F32, "__metadata__": None}, b"\0" * 8)
+    assert read_header(path)[1] == {}
+    with safe_open(path, framework="pt") as handle:
+        assert handle.metadata() is None
 
 
 def test_a_file_without_tensors_has_no_entries(tmp_path: Path) -> None:
@@ -146,6 +155,10 @@ _F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {"x": _F32 | {"shape": [2.0]}},
         {"x": _F32 | {"shape": ["2"]}},
         {"x": _F32 | {"shape": None}},
+        {"x": _F32, "__metadata__": 3},
+        {"x": _F32, "__metadata__": ["format"]},
+        {"x": _F32, "__metadata__": {"format": 3}},
+        pytest.param(b'{"x":' + b"[" * 90_000, id="nested"),
     ],
 )
 def test_garbage_is_no_safetensors_file(header: Any, tmp_path: Path) -> None:
@@ -174,6 +187,21 @@ def test_a_dtype_that_is_not_read_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"absent\.safetensors is missing\. Fetch or copy it again"):
         read_header(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOTDIR])
+def test_a_file_that_cannot_be_read_is_said_plainly(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    _save(tmp_path / "some.safetensors")
+    with monkeypatch.context() as patch:  # root may read anything
+        patch.setattr(Path, "open", closed)
+        with pytest.raises(
+            RequestError,
+            match=rf"some\.safetensors cannot be read \({os.strerror(code)}\)\. Check its permissions and its disk\.$",
+        ):
+            read_header(tmp_path / "some.safetensors")
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

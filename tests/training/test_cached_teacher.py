@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,15 +171,6 @@ def known_sequences(whole: Path) -> torch.Tensor:
     return sequences(World(Path(manifest.base_name), Path(manifest.base_name).parent / "text.txt"))
 
 
-def test_a_place_takes_what_is_predicted() -> None:
-    count = 2**14
-    tracemalloc.start()
-    places = {key.to_bytes(16, "little"): ("shard-00000.safetensors", key) for key in range(300, 300 + count)}
-    held = tracemalloc.get_traced_memory()[0] / len(places)
-    tracemalloc.stop()
-    assert held == pytest.approx(PLACE_BYTES, rel=0.2)
-
-
 @pytest.mark.parametrize("name", ["rtx-4090", "h100-80gb"])
 def test_without_the_base_s_pass_a_step_is_shorter_by_it(name: str, whole: Path, tiny_base: TinyBase) -> None:
     plan: Plan = Compression.of(tiny_base("llama", True)).plan
@@ -239,6 +229,36 @@ def test_sequences_that_are_missing_are_counted_and_the_command_that_is_named_ad
     assert invoke(*shlex.split(command)[1:]).exit_code == 0
     assert invoke("compress", tmp_path / "run.yaml").exit_code == 0
     assert len(losses(run)) == 10
+
+
+@pytest.mark.parametrize(
+    ("made_in", "settings", "as_it_was_made"),
+    [
+        ("float32", {"bf16": True}, " bf16=false"),
+        ("float32", {"bf16": True, "gradient_dtype": "bfloat16"}, " bf16=false gradient_dtype=float32"),
+        ("bfloat16", {"bf16": False}, " bf16=true"),
+        ("bfloat16", {"bf16": True}, ""),
+    ],
+)
+def test_the_command_that_adds_sequences_has_the_base_run_in_the_dtype_of_the_folder(
+    made_in: str,
+    settings: dict[str, Any],
+    as_it_was_made: str,
+    refuse: Callable[..., str],
+    world: World,
+    run: Path,
+    tmp_path: Path,
+) -> None:
+    taught = tmp_path / "taught"
+    teach(world, taught, "--tokens", str(30 * 24))
+    path = taught / "teacher.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": made_in}))
+    said = refuse(of(taught), **settings)
+    command = f"pcscale teach {run / 'run.yaml'} --tokens 960{as_it_was_made}"
+    assert said.endswith(f"Add them: {command}")
+    if made_in == "float32":  # Processors have no other.
+        assert invoke(*shlex.split(command)[1:]).exit_code == 0
+        assert invoke("compress", tmp_path / "run.yaml").exit_code == 0
 
 
 def test_a_shard_that_is_missing_or_changed(refuse: Callable[..., str], taught: Path, run: Path) -> None:

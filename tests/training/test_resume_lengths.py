@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pcscale.common.errors import RequestError, RunError
 from pcscale.config.schema import RunConfig
+from pcscale.reporting.compare import compare_runs
 from pcscale.training.pipeline import compress
 from tests.training.runs import metrics
 
@@ -35,3 +37,25 @@ def test_a_run_cut_short_to_its_checkpoint_forgets_the_steps_after_it(
     report = compress(config(max_steps=4, eval_steps=4, calibration_tokens=1), resume=True)
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
     assert report["training"]["steps"] == 4
+
+
+def test_a_longer_run_that_stops_before_its_merge_is_evaluated_is_not_compared_by_its_earlier_one(
+    config: Callable[..., RunConfig], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise RunError("stopped")
+
+    few, many = ({"max_steps": steps, "eval_steps": steps, "calibration_tokens": 1} for steps in (2, 4))
+    earlier = compress(config(**few))["evaluation"]
+    with monkeypatch.context() as patch:
+        patch.setattr("pcscale.training.pipeline.evaluate_model", stopped)
+        with pytest.raises(RunError, match="stopped"):
+            compress(config(**many), resume=True)
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    finished = shutil.copytree(run, run.parent / "finished")
+    with pytest.raises(RequestError, match=r"is not finished: evaluation\.json has no 'compressed'\. Go on with: pcs"):
+        compare_runs([run, finished])
+    found = compress(config(**many), resume=True)["evaluation"]
+    assert found.pop("compressed") != earlier.pop("compressed")
+    assert found == earlier
+    assert json.loads((run / "evaluation.json").read_text()).keys() == {"base", "start", "compressed", "sample"}

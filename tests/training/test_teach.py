@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pcscale.base.mapped import MappedBase
 from pcscale.training import teach as module
 from pcscale.training.teacher_cache import write_shard
-from tests.tiny import build_base
+from tests.tiny import build_base, write_text
 from tests.training.children import Prepare, kill_itself, start, wait
 from tests.training.runs import World, invoke, leftovers, refusal, run_values, snapshot, write_yaml
 from tests.training.teaching import (
@@ -173,9 +173,18 @@ def _prepare(kill: Prepare) -> None:
         ("pcscale.training.teach:write_shard", 1),
         ("pcscale.training.teach:write_shard", 3),
         ("pcscale.storage.writer:publish", 2),
+        ("pcscale.common.files:publish", 1),
         ("pcscale.common.files:publish", 2),
+        ("pcscale.common.files:publish", 3),
     ],
-    ids=["before a shard", "before a later one", "before a shard is visible", "before the manifest is"],
+    ids=[
+        "before a shard",
+        "before a later one",
+        "before a shard is visible",
+        "before a manifest is",
+        "before one with the first shard is",
+        "before one with the second shard is",
+    ],
 )
 def test_after_a_kill_the_same_command_goes_on_to_identical_files(
     target: str, call: int, world: World, whole: Path, tmp_path: Path, in_small_shards: None
@@ -214,6 +223,19 @@ def test_a_shard_that_was_removed_is_made_again(world: World, whole: Path, taugh
     assert after == before
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_a_shard_that_was_removed_is_not_missed_by_runs_on_other_text(
+    world: World, taught: Path, tmp_path: Path
+) -> None:
+    other = World(world.base, write_text(tmp_path / "other.txt", num_words=3000, seed=2))
+    teach(other, taught)
+    (taught / "shard-00001.safetensors").unlink()
+    assert teach(other, taught)["added"] == 0
+    distill = {**TAUGHT, "cache": str(taught)}
+    yaml = write_yaml(tmp_path / "run.yaml", run_values(other, tmp_path / "run", distill=distill))
+    assert invoke("compress", yaml).exit_code == 0
+
+
 # What it refuses
 
 
@@ -242,8 +264,8 @@ def test_a_folder_that_was_made_in_another_dtype_is_not_touched(world: World, ta
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
     before = snapshot(taught)
     assert refusal(*teach_arguments(world, taught)) == (
-        f"the dtype that the base runs in is float32, {taught} was made with bfloat16. "
-        "Set that, or name another folder."
+        f"the dtype that the base runs in (bfloat16 by bf16=true on a GPU) is float32, {taught} was made with "
+        "bfloat16. Set that, or name another folder."
     )
     assert snapshot(taught) == before
 
