@@ -167,7 +167,7 @@ def _plot(budget: Budget, path: Path) -> None:
             axes.plot(list(result.losses), list(result.losses.values()), marker="o", markersize=4, label=name)
     axes.set_xlabel("tokens")
     axes.set_ylabel("held-out loss (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110)
