@@ -80,7 +80,11 @@ class Job:
 CONTROL = Arm("hard pruning, published start", HARD_PRUNING, alone(3e-4, 6e-4, 1.2e-3))
 PUBLISHED = Arm("Projected Compression, published form and start", {}, alone(3.75e-5, 7.5e-5, 1.5e-4))
 PRUNED = Arm("hard pruning, our start", HARD_PRUNING | OUR_START, alone(1.5e-4, 3e-4, 6e-4))
-OURS = Arm("Projected Compression, our recipe", OUR_RECIPE, pairs((3e-5, 3e-4), (9e-5, 3e-4), (6e-5, 6e-4)))
+OURS = Arm(
+    "Projected Compression, our recipe",
+    OUR_RECIPE,
+    pairs((3e-5, 3e-4), (9e-5, 3e-4), (2.7e-4, 3e-4), (1.8e-4, 1.5e-4)),
+)
 TAUGHT = "with distillation"
 TEACHING = {
     TAUGHT: {"distill": {"weight": 0.5}},
@@ -99,6 +103,7 @@ SHORT = Budget(
     (CONTROL, PUBLISHED, PRUNED, OURS),
     {
         **TEACHING,
+        "with distillation, in as much time": {**TEACHING[TAUGHT], "max_steps": 72},
         "low-rank deltas, 32": {"projection_rank": 32},
         "low-rank deltas, 128": {"projection_rank": 128},
         "4-byte state": {"record_dtype": "bfloat16", "moments": "8bit"},
@@ -110,7 +115,7 @@ SHORT = Budget(
 BRIEF = Budget(
     "0.05 M tokens",
     {**SHORT.settings, "max_steps": 50, "eval_steps": 50, "save_steps": 50},
-    (replace(OURS, rates=pairs((6e-5, 6e-4))),),
+    (replace(OURS, rates=pairs((9e-5, 3e-4))),),
     {
         "start selection": {"start": "selection"},
         "start rescaled": {"start": "rescaled"},

@@ -102,8 +102,20 @@ def _best(budget: Budget) -> Iterator[Row]:
         yield (
             f"50 %, {arm.name}: after {', '.join(f'{tokens:,}' for tokens in result.losses)} tokens",
             f"{curve} (base {result.base:.3f}; rate {_said(result.job)}{cost})",
-            f"{result.last - control.last:+.3f} against the control" if control else "",
+            _against(result, control) if control and result.job != control.job else "",
         )
+
+
+def _against(result: Result, control: Result) -> str:
+    """How far ahead at the end, and since when."""
+    ahead = None
+    for tokens, loss in result.losses.items():
+        if loss >= control.losses[tokens]:
+            ahead = None
+        elif ahead is None:
+            ahead = tokens
+    text = f"{result.last - control.last:+.3f} against the control"
+    return text if ahead is None else f"{text}, ahead from {ahead:,} tokens on"
 
 
 def _said(job: Job) -> str:
