@@ -12,7 +12,7 @@ import yaml
 
 from benchmarks.memory import compress, prepare
 from benchmarks.report import Row
-from benchmarks.shapes import LLAMA_1B, LLAMA_8B
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
@@ -35,7 +35,7 @@ SETTINGS = {
     "moments": "8bit",
 }
 SHAPES: dict[str, tuple[dict[str, Any] | None, dict[str, Any], bool]] = {
-    "SmolLM2-135M": (None, {"keep": 0.5}, True),
+    "SmolLM2-135M": (None, SMOLLM2_HALF, True),
     "1B shape, 1344/5376": (LLAMA_1B, {"hidden_size": 1344, "intermediate_size": 5376}, True),
     "8B shape, 1056/3168": (LLAMA_8B, {"hidden_size": 1056, "intermediate_size": 3168}, True),
     "8B shape, 3072/9216": (

@@ -21,7 +21,7 @@ import yaml
 from benchmarks.memory import SETTINGS as SETTINGS_1B
 from benchmarks.memory import prepare
 from benchmarks.report import Row
-from benchmarks.shapes import LLAMA_1B
+from benchmarks.shapes import LLAMA_1B, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import read_json, write_json, write_text
 from pcscale.common.units import format_bytes
@@ -40,7 +40,7 @@ SMALL = {"record_dtype": "bfloat16", "moments": "8bit"}
 INT8 = {"base_precision": "int8"}
 CHECKPOINTED = {"gradient_checkpointing": True}
 SHORT = {
-    "keep": 0.5,
+    **SMOLLM2_HALF,
     "calibration_tokens": 4096,
     "sequence_length": 256,
     "eval_tokens": 2048,

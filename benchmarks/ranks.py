@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from benchmarks.report import Row
+from benchmarks.shapes import SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
@@ -20,7 +21,7 @@ from pcscale.training.demo import fetch_smollm2, python_topics
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {
-    "keep": 0.5,
+    **SMOLLM2_HALF,
     "importance": "activation",
     "calibration_tokens": 4096,
     "sequence_length": 256,

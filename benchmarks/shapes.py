@@ -37,6 +37,8 @@ LLAMA_8B = LLAMA_1B | {
     "tie_word_embeddings": False,
 }
 """The shape of Llama-3.1-8B."""
+SMOLLM2_HALF = {"hidden_size": 360, "intermediate_size": 1024}
+"""Half of SmolLM2-135M's parameters."""
 _NOISE = 2**24
 
 

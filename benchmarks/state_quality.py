@@ -15,6 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from benchmarks.report import REPORTS, Row
+from benchmarks.shapes import SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.training.demo import fetch_smollm2, python_topics
@@ -29,7 +30,7 @@ ARMS = {
     "4-byte state, 8-bit base": FULL | SMALL | {"base_precision": "int8"},
 }
 SETTINGS = {
-    "keep": 0.5,
+    **SMOLLM2_HALF,
     "calibration_tokens": 8192,
     "sequence_length": 256,
     "eval_tokens": 16384,

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import Row
+from benchmarks.shapes import SMOLLM2_HALF
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
 from pcscale.common.cache import cache_folder
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import build_compressed
-from pcscale.families.widths import plan_keep
+from pcscale.families.widths import plan_widths
 from pcscale.importance.score import random_scores
 from pcscale.importance.select import select
 from pcscale.projection.starts import Start, start_tensors
@@ -28,7 +29,7 @@ SEQUENCE_LENGTH = 256
 def half_of_smollm2() -> tuple[MappedBase, NextTokenLoss, ProjectedAdamW]:
     """The base, and the model at half of its parameters with its optimizer."""
     base = MappedBase(resolve_base(str(fetch_smollm2(cache_folder()))))
-    plan = plan_keep(base.family, base.config, 0.5)
+    plan = plan_widths(base.family, base.config, **SMOLLM2_HALF)
     start = Start(select(plan, random_scores(plan, seed=0)))
     tensors = start_tensors(plan, start, base.tensor)
     loss_module = NextTokenLoss(build_compressed(plan, tensors, torch.device("cpu"), torch.float32))

@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.shapes import SMOLLM2_HALF
+
 SHARED = {"bf16": True, "calibration_tokens": 16384, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 HARD_PRUNING = {"method": "hard_prune"}
+PUBLISHED_START = {"start": "selection", "importance": "activation"}
 OUR_START = {"start": "pca_least_squares", "importance": "energy"}
+PUBLISHED_FORM = PUBLISHED_START | {"projection_rates": "uniform"}
 OUR_RECIPE = OUR_START | {"projection_rates": "per_matrix"}
 
 
@@ -42,7 +46,8 @@ class Budget:
         settings: beside what all arms share.
         arms: that are compared.
         variations: of our recipe, at its best rates: by name what they change.
-        seeds, keeps: further ones, for every arm at its best rate.
+        seeds: further ones, for every arm at its best rate.
+        sizes: further ones by their share of the base's parameters, likewise.
     """
 
     name: str
@@ -50,7 +55,7 @@ class Budget:
     arms: tuple[Arm, ...]
     variations: dict[str, dict[str, Any]]
     seeds: tuple[int, ...] = ()
-    keeps: tuple[float, ...] = ()
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def control(self) -> Arm | None:
@@ -77,8 +82,12 @@ class Job:
         return {key: self.values[key] for key in ("learning_rate", "aux_learning_rate") if key in self.values}
 
 
-CONTROL = Arm("hard pruning, published start", HARD_PRUNING, alone(3e-4, 6e-4, 1.2e-3))
-PUBLISHED = Arm("Projected Compression, published form and start", {}, alone(3.75e-5, 7.5e-5, 1.5e-4))
+CONTROL = Arm("hard pruning, published start", HARD_PRUNING | PUBLISHED_START, alone(3e-4, 6e-4, 1.2e-3))
+PUBLISHED = Arm(
+    "Projected Compression, published form and start",
+    PUBLISHED_FORM,
+    pairs(*((rate, rate) for rate in (3.75e-5, 7.5e-5, 1.5e-4))),
+)
 PRUNED = Arm("hard pruning, our start", HARD_PRUNING | OUR_START, alone(1.5e-4, 3e-4, 6e-4))
 OURS = Arm(
     "Projected Compression, our recipe",
@@ -110,7 +119,10 @@ SHORT = Budget(
         "8-bit base": {"base_precision": "int8"},
     },
     seeds=(1, 2),
-    keeps=(0.7, 0.3),
+    sizes={
+        "70 %": {"hidden_size": 450, "intermediate_size": 1280},
+        "30 %": {"hidden_size": 252, "intermediate_size": 704},
+    },
 )
 BRIEF = Budget(
     "0.05 M tokens",
@@ -133,12 +145,11 @@ BRIEF = Budget(
 )
 """What each setting of the recipe does, one at a time."""
 SPLITS = ((306, 1392), (324, 1256), (396, 832), (432, 680), (504, 432))
-"""Hidden and ffn sizes of as many parameters as `keep: 0.5` gives, 360 and 1024, to 0.25 %."""
+"""Hidden and ffn sizes of as many parameters as 360 and 1024, to 0.25 %."""
 WIDTHS = replace(
     BRIEF,
     variations={
-        f"hidden {hidden}, ffn {ffn}": {"keep": None, "hidden_size": hidden, "intermediate_size": ffn}
-        for hidden, ffn in SPLITS
+        f"hidden {hidden}, ffn {ffn}": {"hidden_size": hidden, "intermediate_size": ffn} for hidden, ffn in SPLITS
     },
 )
 """How a budget of parameters is split."""
@@ -192,16 +203,16 @@ def repetitions(budget: Budget, arm: Arm, rates: dict[str, float]) -> Iterator[J
     """With further seeds, and at further sizes, at the rates that were found."""
     for seed in budget.seeds:
         yield seeded(budget, arm, rates, seed)
-    for keep in budget.keeps:
-        yield sized(budget, arm, rates, keep)
+    for share in budget.sizes:
+        yield sized(budget, arm, rates, share)
 
 
 def seeded(budget: Budget, arm: Arm, rates: dict[str, float], seed: int) -> Job:
     return Job(f"{arm.name}, seed {seed}", _values(budget, arm.settings, rates) | {"seed": seed})
 
 
-def sized(budget: Budget, arm: Arm, rates: dict[str, float], keep: float) -> Job:
-    return Job(f"{arm.name}, {keep:.0%}", _values(budget, arm.settings, rates) | {"keep": keep})
+def sized(budget: Budget, arm: Arm, rates: dict[str, float], share: str) -> Job:
+    return Job(f"{arm.name}, {share}", _values(budget, arm.settings, rates) | budget.sizes[share])
 
 
 def varied(budget: Budget, rates: dict[str, float], name: str, changes: dict[str, Any]) -> Job:
@@ -209,4 +220,4 @@ def varied(budget: Budget, rates: dict[str, float], name: str, changes: dict[str
 
 
 def _values(budget: Budget, settings: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
-    return {**SHARED, **budget.settings, **settings, **rates, "keep": 0.5, "seed": 0, "keep_checkpoints": 1}
+    return {**SHARED, **budget.settings, **settings, **rates, **SMOLLM2_HALF, "seed": 0, "keep_checkpoints": 1}

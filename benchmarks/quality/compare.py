@@ -137,15 +137,15 @@ def _spread(budget: Budget) -> Iterator[Row]:
 
 
 def _sizes(budget: Budget) -> Iterator[Row]:
-    for keep in budget.keeps:
+    for share in budget.sizes:
         for arm in budget.arms:
             best = best_trial(budget, arm)
-            found = kept_result(sized(budget, arm, best.job.rates, keep)) if best else None
+            found = kept_result(sized(budget, arm, best.job.rates, share)) if best else None
             if found is None:
-                yield f"{keep:.0%}, {arm.name}", MISSING, ""
+                yield f"{share}, {arm.name}", MISSING, ""
                 continue
             text = f"{found.start:.3f} at the start, {found.last:.3f}"
-            yield f"{keep:.0%}, {arm.name}", text, f"{found.parameters:,} parameters"
+            yield f"{share}, {arm.name}", text, f"{found.parameters:,} parameters"
 
 
 def _trials(budget: Budget) -> Iterator[Row]:
