@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.plan_time import LLAMA_3_1_8B
 from benchmarks.report import Row
-from benchmarks.shapes import SMOLLM2_HALF
+from benchmarks.shapes import PUBLISHED_START, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
@@ -29,7 +29,7 @@ LLAMA_70B = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
-SIZE = [f"{key}={size}" for key, size in SMOLLM2_HALF.items()]
+MODEL = [f"{key}={value}" for key, value in (SMOLLM2_HALF | PUBLISHED_START).items()]
 SHORT = ["max_steps=2", "calibration_tokens=4096", "eval_tokens=2048", "sequence_length=256", "keep_checkpoints=1"]
 REPOSITORY = Path(__file__).parents[1]
 DISK = "20GB"
@@ -87,7 +87,7 @@ def _enforced(folder: Path, base: str) -> list[Row]:
 
 def _plan(folder: Path, base: str, host_memory: int, *more: str) -> subprocess.CompletedProcess[str]:
     budget = ["--host-memory", str(host_memory), "--disk", DISK, "--data", str(folder / "text.txt")]
-    command = [sys.executable, "-m", "pcscale", "plan", base, *SIZE, *SHORT, *budget, *more, "--json"]
+    command = [sys.executable, "-m", "pcscale", "plan", base, *MODEL, *SHORT, *budget, *more, "--json"]
     return subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True)
 
 

@@ -27,7 +27,7 @@ def run(scratch: Path) -> list[Row]:
         ("predicted peak", format_bytes(peak["predicted_bytes"]), ""),
         ("kept share of parameters", f"{report['plan']['compressed']['keep_fraction']:.3f}", "about half"),
     ]
-    for name, label in (("base", "base"), ("start", "hard-pruned start"), ("compressed", "compressed")):
+    for name, label in (("base", "base"), ("start", "start"), ("compressed", "compressed")):
         result = evaluation[name]
         figure = f"{result['loss']:.3f} nats, perplexity {result['perplexity']:.1f}"
         rows.append((f"held-out loss: {label}", figure, f"{result['parameters'] / 1e6:.1f} M parameters"))

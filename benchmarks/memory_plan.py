@@ -21,7 +21,7 @@ import yaml
 from benchmarks.memory import SETTINGS as SETTINGS_1B
 from benchmarks.memory import prepare
 from benchmarks.report import Row
-from benchmarks.shapes import LLAMA_1B, SMOLLM2_HALF
+from benchmarks.shapes import LLAMA_1B, PUBLISHED_START, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import read_json, write_json, write_text
 from pcscale.common.units import format_bytes
@@ -41,6 +41,7 @@ INT8 = {"base_precision": "int8"}
 CHECKPOINTED = {"gradient_checkpointing": True}
 SHORT = {
     **SMOLLM2_HALF,
+    **PUBLISHED_START,
     "calibration_tokens": 4096,
     "sequence_length": 256,
     "eval_tokens": 2048,

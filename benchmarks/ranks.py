@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from benchmarks.report import Row
-from benchmarks.shapes import SMOLLM2_HALF
+from benchmarks.shapes import PUBLISHED_START, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
@@ -22,7 +22,8 @@ from pcscale.training.demo import fetch_smollm2, python_topics
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {
     **SMOLLM2_HALF,
-    "importance": "activation",
+    **PUBLISHED_START,
+    "projection_rates": "uniform",
     "calibration_tokens": 4096,
     "sequence_length": 256,
     "eval_tokens": 8192,

@@ -39,6 +39,7 @@ LLAMA_8B = LLAMA_1B | {
 """The shape of Llama-3.1-8B."""
 SMOLLM2_HALF = {"hidden_size": 360, "intermediate_size": 1024}
 """Half of SmolLM2-135M's parameters."""
+PUBLISHED_START = {"start": "selection", "importance": "activation"}
 _NOISE = 2**24
 
 

@@ -15,7 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from benchmarks.report import REPORTS, Row
-from benchmarks.shapes import SMOLLM2_HALF
+from benchmarks.shapes import PUBLISHED_START, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.training.demo import fetch_smollm2, python_topics
@@ -31,6 +31,8 @@ ARMS = {
 }
 SETTINGS = {
     **SMOLLM2_HALF,
+    **PUBLISHED_START,
+    "projection_rates": "uniform",
     "calibration_tokens": 8192,
     "sequence_length": 256,
     "eval_tokens": 16384,

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmarks.shapes import SMOLLM2_HALF
+from benchmarks.shapes import PUBLISHED_START, SMOLLM2_HALF
 
 SHARED = {"bf16": True, "calibration_tokens": 16384, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 HARD_PRUNING = {"method": "hard_prune"}
-PUBLISHED_START = {"start": "selection", "importance": "activation"}
 OUR_START = {"start": "pca_least_squares", "importance": "energy"}
 PUBLISHED_FORM = PUBLISHED_START | {"projection_rates": "uniform"}
 OUR_RECIPE = OUR_START | {"projection_rates": "per_matrix"}

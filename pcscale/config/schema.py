@@ -38,6 +38,8 @@ _OF_RECORDS = (
     "projection_rank",
 )
 """Settings that hard pruning has no use for."""
+AUX_RATIO = 3
+"""Of the rates of aux and of projections, where only that of projections is said (docs/recipe.md)."""
 
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
@@ -149,13 +151,13 @@ class RunConfig(BaseModel):
     """Sequences in a micro batch. Units: sequences."""
     gradient_accumulation_steps: Count = Field(default=8, json_schema_extra=_TRAINING)
     """Micro batches in a step. Units: micro batches."""
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=1.5e-4, json_schema_extra=_TRAINING)
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=1e-4, json_schema_extra=_TRAINING)
     """Peak rate of the projections (hard_prune: of everything)."""
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
-    """Peak rate of aux, norms and biases. Absent: `learning_rate`."""
+    """Peak rate of aux, norms and biases. Absent: three times `learning_rate`."""
     distill: DistillConfig | None = Field(default=None, json_schema_extra=_TRAINING)
     """Let the base teach, by a layer-major pass in every step, or from a folder (`distill.cache`) without one."""
-    projection_rates: Literal["uniform", "per_matrix"] = Field(default="uniform", json_schema_extra=_TRAINING)
+    projection_rates: Literal["uniform", "per_matrix"] = Field(default="per_matrix", json_schema_extra=_TRAINING)
     """`uniform` trains every projection at `learning_rate`, as published; `per_matrix` divides it by the mean norm of
     the base weight's rows (of its columns on the out side) where that is above 1: a step moves all weights alike."""
     warmup_steps: Annotated[Whole, Field(ge=0)] = Field(default=40, json_schema_extra=_TRAINING)
@@ -269,7 +271,10 @@ class RunConfig(BaseModel):
 
     @property
     def aux_rate(self) -> float:
-        return self.learning_rate if self.aux_learning_rate is None else self.aux_learning_rate
+        """Of aux, norms and biases; with hard_prune of everything."""
+        if self.aux_learning_rate is not None:
+            return self.aux_learning_rate
+        return self.learning_rate * (AUX_RATIO if self.method == "projected" else 1)
 
     @property
     def rank(self) -> int | None:

@@ -39,8 +39,6 @@ def demo_config(base: Path, text: Path, output: Path) -> RunConfig:
         max_steps=36,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
-        learning_rate=3e-5,
-        aux_learning_rate=3e-4,
         warmup_steps=4,
         logging_steps=4,
         eval_steps=12,

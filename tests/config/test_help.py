@@ -19,7 +19,7 @@ def test_every_setting_stands_under_exactly_one_theme() -> None:
         ("bf16", "false"),
         ("seed", "0"),
         ("max_grad_norm", "1.0"),
-        ("learning_rate", "0.00015"),
+        ("learning_rate", "0.0001"),
         ("max_memory", "2GiB"),
     ],
 )

@@ -21,7 +21,8 @@ DOCUMENTED_DEFAULTS = {
     "max_steps": 1000,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,
-    "learning_rate": 1.5e-4,
+    "learning_rate": 1e-4,
+    "projection_rates": "per_matrix",
     "weight_decay": 0.0,
     "warmup_steps": 40,
     "max_grad_norm": 1.0,
@@ -223,7 +224,8 @@ def test_settings_cannot_be_changed_afterwards(tmp_path: Path) -> None:
 def test_derived_figures_follow_from_the_settings(tmp_path: Path) -> None:
     config = load(tmp_path, "per_device_train_batch_size: 3\ngradient_accumulation_steps: 5\nsequence_length: 7\n")
     assert (config.sequences_per_step, config.tokens_per_step) == (15, 105)
-    assert config.aux_rate == config.learning_rate
+    assert config.aux_rate == 3 * config.learning_rate
+    assert load(tmp_path, "method: hard_prune\n").aux_rate == config.learning_rate
     assert load(tmp_path, "aux_learning_rate: 1e-3\n").aux_rate == 1e-3
 
 

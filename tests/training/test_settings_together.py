@@ -207,7 +207,7 @@ def test_going_on_leaves_the_checkpoint_that_it_began_from(stopped: Path) -> Non
     [
         {"residency": "cpu", "base_home": "cpu"},
         {"residency": "device", "base_home": "device"},
-        {"pinned_memory": "160KB"},
+        {"pinned_memory": "220KB"},
         {"gradient_home": "cpu"},
     ],
     ids=lambda changes: " ".join(f"{key} {value}" for key, value in changes.items()),

@@ -27,7 +27,7 @@ DiskUsage = namedtuple("DiskUsage", ["total", "used", "free"])
 def wide(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A base wide enough that moments are kept in 8 bits."""
     folder = tmp_path_factory.mktemp("wide")
-    base = build_base(folder / "base", tokenizer=True, hidden_size=96, intermediate_size=160, head_dim=24)
+    base = build_base(folder / "base", tokenizer=True, hidden_size=96, intermediate_size=224, head_dim=24)
     return World(base, write_text(folder / "text.txt", num_words=3000, seed=1))
 
 
