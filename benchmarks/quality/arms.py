@@ -116,6 +116,7 @@ SHORT = Budget(
         "low-rank deltas, 128": {"projection_rank": 128},
         "4-byte state": {"record_dtype": "bfloat16", "moments": "8bit"},
         "8-bit base": {"base_precision": "int8"},
+        "at the default widths, 396 and 832": {"hidden_size": 396, "intermediate_size": 832},
     },
     seeds=(1, 2),
     sizes={
