@@ -98,7 +98,8 @@ def main(
         print_json(document) if json else _print(document, base_config)
         return
     _refuse_to_replace(write)
-    choice = choose(plan, config, budget, speed)
+    choice = choose(plan, config, budget, speed, config.model_fields_set)
+    check_values(choice.config.model_dump(), "plan")
     document = plan_document(plan, choice.config, base, choice.place, speed if known else None)
     written = _write(write, choice, has_data=bool(data))
     chosen = _chosen(plan, choice, config, budget, speed, known)

@@ -4,7 +4,7 @@ Every combination of what a user could set for memory's sake is estimated; thous
 what a step sees: sequences a step and all that belongs to the model stay.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -65,6 +65,8 @@ KNOBS = (
     "deepspeed",
 )
 """The settings that are chosen, most exact choices first: of equally fast ones the first in this order is taken."""
+_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed"}
+"""Knobs that are chosen even where they were said: they say how many sequences a step sees, and these stay."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,12 @@ def needs_of(plan: Plan, config: RunConfig, place: Place) -> dict[str, int]:
     }
 
 
-def choose(plan: Plan, config: RunConfig, budget: Budget, hardware: Hardware) -> Choice:
+def choose(plan: Plan, config: RunConfig, budget: Budget, hardware: Hardware, said: Collection[str] = ()) -> Choice:
     """The fastest settings that fit; of equally fast ones the most exact.
 
     Args:
         config: what is not a knob stays as it is here.
+        said: knobs that stay as well, but for how a step's sequences are cut into micro batches.
 
     Raises:
         RequestError: the GPUs cannot share a step's sequences evenly.
@@ -135,10 +138,10 @@ def choose(plan: Plan, config: RunConfig, budget: Budget, hardware: Hardware) ->
             f"{config.sequences_per_step} sequences a step cannot be shared by {budget.gpus} GPUs: set "
             "gradient_accumulation_steps so that they can."
         )
-    found = list(candidates(plan, config, budget))
+    found = list(candidates(plan, config, budget, said))
     choice = fastest_fitting(plan, found, budget, hardware)
     if choice is None:
-        raise BudgetError(_explain_refusal(found, config, budget))
+        raise BudgetError(_explain_refusal(found, config, budget, said))
     return choice
 
 
@@ -157,8 +160,10 @@ def _seconds(plan: Plan, choice: Choice, hardware: Hardware) -> float:
     return step_seconds(plan, choice.config, hardware, choice.place.ranks, stage)[TOTAL]
 
 
-def candidates(plan: Plan, config: RunConfig, budget: Budget) -> Iterator[Choice]:
-    """Every combination, the most exact first."""
+def candidates(plan: Plan, config: RunConfig, budget: Budget, said: Collection[str] = ()) -> Iterator[Choice]:
+    """Every combination with the knobs that were said as they are in `config`, the most exact first."""
+    kept = _kept(config, said)
+    found: set[tuple[Any, ...]] = set()
     on_gpu = budget.device is not None
     # A GPU computes in bfloat16 several times as fast; a processor gains nothing.
     model_dtypes = [config.bf16] if config.bf16 or not on_gpu else [False, True]
@@ -192,11 +197,19 @@ def candidates(plan: Plan, config: RunConfig, budget: Budget) -> Iterator[Choice
             "gradient_checkpointing": checkpointing,
             "deepspeed": name,
             **batch,
+            **kept,
         }
+        if tuple(changes.values()) in found:
+            continue
+        found.add(tuple(changes.values()))
         zero = ZeroForm.read(ZERO_FILES[name]) if name else None
         chosen, place = config.model_copy(update=changes), Place(on_gpu, budget.gpus, zero=zero)
         if _keeps_cap(plan, chosen, budget.gpus):
             yield Choice(chosen, place, needs_of(plan, chosen, place))
+
+
+def _kept(config: RunConfig, said: Collection[str]) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in KNOBS if key in said and key not in _OF_A_STEP}
 
 
 def _keeps_cap(plan: Plan, config: RunConfig, ranks: int) -> bool:
@@ -221,7 +234,7 @@ def _batches(config: RunConfig, budget: Budget) -> list[dict[str, int]]:
     return [{"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size} for size in sizes]
 
 
-def _explain_refusal(found: list[Choice], config: RunConfig, budget: Budget) -> str:
+def _explain_refusal(found: list[Choice], config: RunConfig, budget: Budget, said: Collection[str]) -> str:
     """Why nothing fits: the least of each resource at all, and the one change that would help most."""
     if not found:
         return f"pinned_memory {config.pinned_memory} is too small for records in host memory and in files. Give more."
@@ -232,7 +245,8 @@ def _explain_refusal(found: list[Choice], config: RunConfig, budget: Budget) -> 
     alone = {name: min((c.needs[name] for c in found if set(c.over(budget)) <= {name}), default=None) for name in given}
     possible = {name: needed for name, needed in alone.items() if needed is not None}
     stated = ", ".join(f"{RESOURCES[name]} {format_bytes(limit)}" for name, limit in given.items())
-    message = f"nothing fits {stated}. The least that any settings need of each: {least}. "
+    kept = "".join(f", with {key}: {_word(value)}" for key, value in _kept(config, said).items())
+    message = f"nothing fits {stated}{kept}. The least that any settings need of each: {least}. "
     if not possible:
         return message + "More than one of them is too small; a smaller keep or sequence_length needs less."
     name = min(possible, key=lambda name: possible[name] / given[name])

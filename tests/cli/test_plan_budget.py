@@ -28,6 +28,23 @@ def test_the_written_file_holds_what_was_chosen_and_compress_takes_it(world: Wor
     assert report.exit_code == 0, report.stderr
 
 
+def test_what_was_said_on_the_command_line_is_not_chosen_anew(world: World, tmp_path: Path) -> None:
+    without = chosen(world, tmp_path / "without", "--device-memory", "24GB", "--host-memory", "24GB")
+    asked = ("base_home=device", "residency=disk", "moments=8bit")
+    document = chosen(world, tmp_path / "asked", "--device-memory", "24GB", "--host-memory", "24GB", *asked)
+    values = yaml.safe_load((tmp_path / "asked" / "run.yaml").read_text())
+    for setting in asked:
+        key, _, value = setting.partition("=")
+        assert document["chosen"][key]["value"] == values[key] == value
+        assert without["chosen"][key]["value"] != value
+
+
+def test_what_was_said_and_cannot_be_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
+    asked = ["--device-memory", "24GB", "--gpus", "2", "gradient_home=cpu", "--write", tmp_path / "run.yaml"]
+    assert "gradient_home cpu is for one process" in refusal("plan", world.base, *asked)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_data_the_file_says_how_to_name_it(world: World, tmp_path: Path) -> None:
     chosen(world, tmp_path, "--host-memory", "4GiB")
     text = (tmp_path / "run.yaml").read_text()

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,6 @@ import pytest
 from pcscale.common.errors import BudgetError
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import RunConfig
-from pcscale.families.plan import Plan
-from pcscale.families.registry import FAMILIES
-from pcscale.families.widths import plan_widths
 from pcscale.memory.budget import (
     KNOBS,
     SAME_TIME,
@@ -30,91 +26,15 @@ from pcscale.memory.budget import (
 )
 from pcscale.memory.components import record_format
 from pcscale.memory.estimate import peaks
-from pcscale.memory.hardware import HARDWARE, Hardware
+from pcscale.memory.hardware import Hardware
 from pcscale.memory.place import Place, ZeroForm
-from pcscale.memory.step_time import step_seconds
 from pcscale.projection.layout import record_bytes
 from pcscale.projection.residency import Residency, check_budget
-from tests.families.real_models import LLAMA_1B
-from tests.memory.plans import SLOW_HOST, settings
+from tests.memory.ways import GPU, HOST, STATES, all_ways, config, least, plan_1b
 
-GPU = HARDWARE["rtx-4090"]
-HOST = SLOW_HOST
 GIB = 2**30
-MODEL = LLAMA_1B | {"dtype": "bfloat16", "num_hidden_layers": 6}
-STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "sequence_length": 2048}
-STATES = (("float32", "32bit"), ("bfloat16", "8bit"))
 FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
 ALMOST = 1 + 1e-9
-
-
-@cache
-def plan_1b() -> Plan:
-    return plan_widths(FAMILIES["llama"], MODEL, 1024, 4096)
-
-
-def config(**changes: Any) -> RunConfig:
-    return settings(**{**STEP, **changes})
-
-
-@dataclass(frozen=True)
-class Way:
-    """One combination, with what it takes."""
-
-    config: RunConfig
-    device: int
-    host: int
-    disk: int
-    seconds: float
-
-    def fits(self, budget: Budget) -> bool:
-        limits = ((self.device, budget.device), (self.host, budget.host), (self.disk, budget.disk))
-        return all(limit is None or needed <= limit for needed, limit in limits)
-
-
-def combinations(gpus: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
-    """Every combination of what a user may set for memory's sake, loop in loop."""
-    sequences = 2 // gpus
-    for bf16 in (False, True) if on_gpu else (False,):
-        for precision in ("stored", "int8"):
-            for record_dtype, moments in STATES:
-                for residency in ("device", "cpu", "disk") if on_gpu else ("cpu", "disk"):
-                    for base_home in ("disk", "cpu", "device") if on_gpu else ("disk", "cpu"):
-                        for gradient_home in ("device", "cpu") if on_gpu and gpus == 1 else ("device",):
-                            for checkpointing in (False, True):
-                                for name in (None,) if gpus == 1 else tuple(ZERO_FILES):
-                                    for batch in (1, 2):
-                                        if sequences % batch == 0:
-                                            yield {
-                                                "bf16": bf16,
-                                                "base_precision": precision,
-                                                "record_dtype": record_dtype,
-                                                "moments": moments,
-                                                "residency": residency,
-                                                "base_home": base_home,
-                                                "gradient_home": gradient_home,
-                                                "gradient_checkpointing": checkpointing,
-                                                "deepspeed": name,
-                                                "per_device_train_batch_size": batch,
-                                                "gradient_accumulation_steps": sequences // batch,
-                                            }
-
-
-@cache
-def all_ways(gpus: int = 1, on_gpu: bool = True) -> list[Way]:
-    plan, found = plan_1b(), []
-    for changes in combinations(gpus, on_gpu):
-        run, name = config(**changes), changes["deepspeed"]
-        zero = ZeroForm.read(zero_file(name)["zero_optimization"]) if name else None
-        of_phases = list(peaks(plan, run, Place(on_gpu, gpus, zero=zero)).values())
-        device, host, disk = (max(p[f"{key}_bytes"] for p in of_phases) for key in ("device", "host", "disk"))
-        seconds = step_seconds(plan, run, GPU if on_gpu else HOST, gpus, zero.stage if zero else 0)["total"]
-        found.append(Way(run, device, host * gpus, disk, seconds))
-    return found
-
-
-def least(resource: str, gpus: int = 1, on_gpu: bool = True) -> int:
-    return min(getattr(way, resource) for way in all_ways(gpus, on_gpu))
 
 
 def budgets() -> dict[str, Budget]:
