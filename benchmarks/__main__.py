@@ -19,28 +19,29 @@ from benchmarks import (
     tracker,
 )
 from benchmarks.quality import compare
+from benchmarks.quality.arms import BRIEF, LONG, LONGEST, SHORT, WIDTHS
 from benchmarks.report import write_report
 from pcscale.common.console import console
 
 BENCHMARKS = {
-    "plan": (plan_time, plan_time.run),
-    "step": (step_time, step_time.run),
-    "sweep": (sweep_time, sweep_time.run),
-    "merge": (merge_7b, merge_7b.run),
-    "demo": (demo, demo.run),
-    "memory-1b": (memory, memory.run_1b),
-    "memory-8b": (memory, memory.run_8b),
-    "memory-plan": (memory_plan, memory_plan.run),
-    "budget": (budget, budget.run),
-    "tracker": (tracker, tracker.run),
-    "state-quality": (state_quality, state_quality.run),
-    "quality": (compare, compare.run_short),
-    "quality-recipe": (compare, compare.run_brief),
-    "quality-widths": (compare, compare.run_widths),
-    "quality-long": (compare, compare.run_long),
-    "quality-longest": (compare, compare.run_longest),
-    "ranks": (ranks, ranks.run),
-    "gpu": (gpu, gpu.run),
+    "plan": (plan_time.__doc__, plan_time.run),
+    "step": (step_time.__doc__, step_time.run),
+    "sweep": (sweep_time.__doc__, sweep_time.run),
+    "merge": (merge_7b.__doc__, merge_7b.run),
+    "demo": (demo.__doc__, demo.run),
+    "memory-1b": (memory.__doc__, memory.run_1b),
+    "memory-8b": (memory.__doc__, memory.run_8b),
+    "memory-plan": (memory_plan.__doc__, memory_plan.run),
+    "budget": (budget.__doc__, budget.run),
+    "tracker": (tracker.__doc__, tracker.run),
+    "state-quality": (state_quality.__doc__, state_quality.run),
+    "quality": (compare.about(SHORT), compare.run_short),
+    "quality-recipe": (compare.about(BRIEF), compare.run_brief),
+    "quality-widths": (compare.about(WIDTHS), compare.run_widths),
+    "quality-long": (compare.about(LONG), compare.run_long),
+    "quality-longest": (compare.about(LONGEST), compare.run_longest),
+    "ranks": (ranks.__doc__, ranks.run),
+    "gpu": (gpu.__doc__, gpu.run),
 }
 
 
@@ -55,8 +56,8 @@ def main() -> None:
         parser.error(f"unknown benchmark {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
     console.configure(quiet=False)
     for name in arguments.names or BENCHMARKS:
-        module, run = BENCHMARKS[name]
-        print(write_report(name, f"python -m benchmarks {name}", module.__doc__ or "", run(arguments.scratch)))
+        text, run = BENCHMARKS[name]
+        print(write_report(name, f"python -m benchmarks {name}", text or "", run(arguments.scratch)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pcscale.base.int8 import Int8Base
     from pcscale.base.mapped import MappedBase
     from pcscale.base.resolve import resolve_base
-    from pcscale.calibration.collect import collect_scores
+    from pcscale.calibration.collect import collect_scores, read_rebuilt, write_rebuilt
     from pcscale.compressed.model import build_compressed
     from pcscale.families.widths import plan_keep, plan_parameters, plan_widths
     from pcscale.importance.select import select
@@ -32,6 +32,8 @@ _HOMES = {
     "MappedBase": "pcscale.base.mapped",
     "resolve_base": "pcscale.base.resolve",
     "collect_scores": "pcscale.calibration.collect",
+    "read_rebuilt": "pcscale.calibration.collect",
+    "write_rebuilt": "pcscale.calibration.collect",
     "build_compressed": "pcscale.compressed.model",
     "plan_keep": "pcscale.families.widths",
     "plan_parameters": "pcscale.families.widths",
@@ -66,10 +68,12 @@ __all__ = [
     "plan_keep",
     "plan_parameters",
     "plan_widths",
+    "read_rebuilt",
     "resolve_base",
     "save_state",
     "select",
     "start_tensors",
+    "write_rebuilt",
 ]
 
 

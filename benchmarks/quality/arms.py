@@ -42,6 +42,7 @@ class Budget:
     """How much an arm trains.
 
     Attributes:
+        about: what is compared, for its report.
         settings: beside what all arms share.
         arms: that are compared.
         variations: of our recipe, at its best rates: by name what they change.
@@ -49,7 +50,7 @@ class Budget:
         sizes: further ones by their share of the base's parameters, likewise.
     """
 
-    name: str
+    about: str
     settings: dict[str, Any]
     arms: tuple[Arm, ...]
     variations: dict[str, dict[str, Any]]
@@ -99,7 +100,10 @@ TEACHING = {
     "with distillation, top 64": {"distill": {"weight": 0.5, "top_k": 64}},
 }
 SHORT = Budget(
-    "0.1 M tokens",
+    "Arm by arm over 0.1 M tokens, at 50, 70 and 30 % of the parameters ([curves](quality.png)). Each arm has its own "
+    "best of three rates at 50 %, our recipe of four pairs; the best is that of the held-out text that the losses are "
+    "of. Further seeds and sizes, and variations of our recipe, take those rates. A variation of fewer steps draws on "
+    "less text, so its start and order are others.",
     {
         "sequence_length": 256,
         "eval_tokens": 8192,
@@ -125,7 +129,8 @@ SHORT = Budget(
     },
 )
 BRIEF = Budget(
-    "0.05 M tokens",
+    "What each setting of our recipe does, one at a time, over 0.05 M tokens at 50 % of the parameters and one pair of "
+    "rates.",
     {**SHORT.settings, "max_steps": 50, "eval_steps": 50, "save_steps": 50},
     (replace(OURS, rates=pairs((9e-5, 3e-4))),),
     {
@@ -143,18 +148,19 @@ BRIEF = Budget(
         "distillation of weight 1": {"distill": {"weight": 1.0}},
     },
 )
-"""What each setting of the recipe does, one at a time."""
 SPLITS = ((306, 1392), (324, 1256), (396, 832), (432, 680), (504, 432))
 """Hidden and ffn sizes of as many parameters as 360 and 1024, to 0.25 %."""
 WIDTHS = replace(
     BRIEF,
+    about="How one budget of parameters is split between hidden and ffn: our recipe over 0.05 M tokens at one pair of "
+    "rates.",
     variations={
         f"hidden {hidden}, ffn {ffn}": {"hidden_size": hidden, "intermediate_size": ffn} for hidden, ffn in SPLITS
     },
 )
-"""How a budget of parameters is split."""
 LONG = Budget(
-    "0.8 M tokens",
+    "Arm by arm over 0.8 M tokens at 50 % of the parameters, each with its own best of three rates, our recipe of four "
+    "pairs.",
     {
         "sequence_length": 512,
         "eval_tokens": 65536,
@@ -169,7 +175,8 @@ LONG = Budget(
 )
 LONGEST = replace(
     LONG,
-    name="20 M tokens",
+    about="Arm by arm over 20 M tokens at 50 % of the parameters, each at the rate that was its best over 0.8 M tokens "
+    "(quality-long). The corpus of 4.6 M tokens is repeated.",
     settings={
         **LONG.settings,
         "max_steps": 320,
@@ -180,7 +187,6 @@ LONGEST = replace(
     },
     variations={TAUGHT: TEACHING[TAUGHT]},
 )
-"""Each arm at the rate that was its best over 0.8 M tokens; the corpus of 4.6 M tokens is repeated."""
 
 
 def at(budget: Budget, rates: dict[str, dict[str, float]]) -> Budget:

@@ -1,9 +1,8 @@
-"""Held-out loss of SmolLM2-135M cut to 50, 70 and 30 % of its parameters and trained on prose, arm by arm, at equal
-parameters, tokens and data order (`benchmarks/quality/arms.py`). Each arm has its own best of three rates at least; our
-recipe's variations take its best rates. `PCSCALE_CORPUS` names a folder with train.txt and valid.txt (or .txt.gz).
-What every run came to is kept in `benchmarks/quality/results/`, by machine, and not run again; one that is cut off goes
-on from its checkpoint. `PCSCALE_MINUTES` says after how many minutes no further run is begun: what is missing then says
-so. `PCSCALE_WORKERS` runs share the machine; their seconds are then those of a shared one. Models run in bfloat16, over
+"""Held-out loss of SmolLM2-135M, cut and trained on prose, at equal parameters, tokens and data order
+(`benchmarks/quality/arms.py`). `PCSCALE_CORPUS` names a folder with train.txt and valid.txt (or .txt.gz). What every
+run came to is kept in `benchmarks/quality/results/`, by machine, and not run again; one that is cut off goes on from
+its checkpoint. `PCSCALE_MINUTES` says after how many minutes no further run is begun: what is missing then says so.
+`PCSCALE_WORKERS` runs share the machine; their seconds are then those of a shared one. Models run in bfloat16, over
 float32 records."""
 
 import os
@@ -12,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.quality.arms import (
@@ -36,6 +36,11 @@ from benchmarks.quality.runs import Result, kept_result, run_jobs
 from benchmarks.report import REPORTS, Row
 
 MISSING = "not run"
+
+
+def about(budget: Budget) -> str:
+    """What stands above the rows of a report."""
+    return f"{budget.about}\n\n{__doc__}"
 
 
 def run_short(scratch: Path) -> list[Row]:
@@ -67,7 +72,8 @@ def _run(scratch: Path, budget: Budget, plot: Path | None) -> list[Row]:
     run_jobs(scratch.absolute() / "quality", lambda: _wanted(budget), ends)
     if plot is not None:
         _plot(budget, plot)
-    return [*_best(budget), *_variations(budget), *_spread(budget), *_sizes(budget), *_trials(budget)]
+    parts = (_best, _equal_time, _variations, _spread, _sizes, _trials)
+    return [row for part in parts for row in part(budget)]
 
 
 def _wanted(budget: Budget) -> Iterator[Job]:
@@ -116,6 +122,21 @@ def _against(result: Result, control: Result) -> str:
             ahead = tokens
     text = f"{result.last - control.last:+.3f} against the control"
     return text if ahead is None else f"{text}, ahead from {ahead:,} tokens on"
+
+
+def _equal_time(budget: Budget) -> Iterator[Row]:
+    """Where every arm is once the fastest one has ended: on a straight line between two evaluations."""
+    results = [result for arm in budget.arms if (result := best_trial(budget, arm))]
+    if len(results) < 2:
+        return
+    fastest = min(results, key=lambda result: result.seconds)
+    for result in results:
+        if result is not fastest:
+            share = fastest.seconds / result.seconds
+            tokens = share * max(result.losses)
+            loss = np.interp(tokens, list(result.losses), list(result.losses.values()))
+            what = f"50 %, {result.job.name}: in the {fastest.seconds:.0f} s of {fastest.job.name}"
+            yield what, f"{loss:.3f}, after {tokens:,.0f} tokens", f"{loss - fastest.last:+.3f}"
 
 
 def _said(job: Job) -> str:

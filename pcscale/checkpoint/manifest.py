@@ -17,8 +17,9 @@ MANIFEST_NAME = "manifest.json"
 OUTER_NAME = "outer.safetensors"
 RECORDS_NAME = "records"
 TRAINER_NAME = "trainer.json"
-FORMAT_VERSION = 2
-"""2: records in several precisions and ranks, and the 8-bit base, whose fields have the defaults of version 1."""
+FORMAT_VERSION = 3
+"""2: records in several precisions and ranks, and the 8-bit base, whose fields have the defaults of version 1; 3: an S
+that is dense, in outer.safetensors."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,8 @@ class Manifest:
             )
         values = read_json(folder / MANIFEST_NAME)
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version not in (1, FORMAT_VERSION):
-            raise RequestError(
-                f"{folder} has checkpoint format {version!r}, this version reads 1 and {FORMAT_VERSION}."
-            )
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise RequestError(f"{folder} has checkpoint format {version!r}, this version reads 1 to {FORMAT_VERSION}.")
         try:
             return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:

@@ -13,7 +13,7 @@ def main(
     base: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
     data: Annotated[list[str], typer.Option(help="Text: files, globs or a Hub data set id; may be repeated.")],
     output: Annotated[Path, typer.Option(help="The file to write, such as scores.safetensors.")],
-    importance: Annotated[str, typer.Option(help="activation, magnitude or random.")] = "activation",
+    importance: Annotated[str, typer.Option(help="energy, activation, magnitude or random.")] = "energy",
     tokens: Annotated[int, typer.Option(help="At most so many tokens of text.")] = 262_144,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
@@ -31,6 +31,7 @@ def main(
         "output": str(output),
         "data": {"train": data},
         "importance": importance,
+        "start": "selection",  # The one that takes every kind of scores; none is made here.
         "calibration_tokens": tokens,
         "sequence_length": sequence_length,
         "per_device_train_batch_size": batch_size,

@@ -1,5 +1,6 @@
 """Every setting of a run, with its type, range, default, theme and unit. The help and the docs are made from this."""
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,6 +25,8 @@ def _check_size(value: Any) -> Any:
     return str(value)
 
 
+TEXT_FREE = ("magnitude", "random")
+"""Importances that look at no activations."""
 REBUILDING_STARTS = ("least_squares", "pca_least_squares")
 """Those that calibration solves least squares over ffn channels for."""
 ROTATING_STARTS = ("pca", "pca_least_squares")
@@ -38,7 +41,9 @@ _OF_RECORDS = (
     "projection_rank",
 )
 """Settings that hard pruning has no use for."""
-AUX_RATIO = 3
+_RATE, _RATE_ALONE = 1e-4, 3e-4
+"""Of projections, and of what hard pruning trains."""
+_AUX_RATIO = 3
 """Of the rates of aux and of projections, where only that of projections is said (docs/recipe.md)."""
 
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
@@ -151,8 +156,8 @@ class RunConfig(BaseModel):
     """Sequences in a micro batch. Units: sequences."""
     gradient_accumulation_steps: Count = Field(default=8, json_schema_extra=_TRAINING)
     """Micro batches in a step. Units: micro batches."""
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=1e-4, json_schema_extra=_TRAINING)
-    """Peak rate of the projections (hard_prune: of everything)."""
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=_RATE, json_schema_extra=_TRAINING)
+    """Peak rate of the projections. With hard_prune: of everything, and 3e-4 by default."""
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
     """Peak rate of aux, norms and biases. Absent: three times `learning_rate`."""
     distill: DistillConfig | None = Field(default=None, json_schema_extra=_TRAINING)
@@ -235,6 +240,13 @@ class RunConfig(BaseModel):
             return {**values, "report_to": [] if values["report_to"] == "none" else [values["report_to"]]}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _hard_pruning_trains_what_aux_is(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method") == "hard_prune":
+            return {"learning_rate": _RATE_ALONE, **values}
+        return values
+
     @model_validator(mode="after")
     def _one_way_to_say_the_size(self) -> "RunConfig":
         widths = [self.hidden_size, self.intermediate_size]
@@ -253,7 +265,7 @@ class RunConfig(BaseModel):
             raise ValueError(f"{' and '.join(said)} both say the size: keep one of them")
         if self.method == "hard_prune" and self.aux_learning_rate is not None:
             raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
-        if self.start != "selection" and self.importance in ("magnitude", "random"):
+        if self.start != "selection" and self.importance in TEXT_FREE:
             raise ValueError(
                 f"start {self.start} is made of activations: set importance energy or activation, or start selection"
             )
@@ -269,12 +281,18 @@ class RunConfig(BaseModel):
                     raise ValueError(f"{key} has no meaning with method hard_prune, which has no records: remove it")
         return self
 
+    def resolved(self) -> "RunConfig":
+        """With what follows from other settings put in, so that it stays as it is when defaults change."""
+        return self.model_copy(update={"aux_learning_rate": self.aux_rate}) if self.method == "projected" else self
+
     @property
     def aux_rate(self) -> float:
         """Of aux, norms and biases; with hard_prune of everything."""
         if self.aux_learning_rate is not None:
             return self.aux_learning_rate
-        return self.learning_rate * (AUX_RATIO if self.method == "projected" else 1)
+        if self.method == "hard_prune":
+            return self.learning_rate
+        return float(_AUX_RATIO * Decimal(str(self.learning_rate)))  # 3e-4 is what people read in run.yaml.
 
     @property
     def rank(self) -> int | None:

@@ -170,6 +170,8 @@ def _check_metrics(values: dict[str, Any], path: str) -> None:
 def _load(name: str, spec: str | dict[str, Any], manager: TaskManager) -> list[Task]:
     try:
         return list(manager.load([spec])["tasks"].values())
+    except StopIteration:
+        raise RequestError(f"The task {name} has a data file without a line. Give it documents.") from None
     except Exception as error:  # datasets, the Hub's client and the harness raise many types.
         raise RequestError(
             f"The task {name} cannot be read ({_reason(error)}). Check the network, or the task's file and its data."

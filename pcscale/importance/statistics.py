@@ -27,7 +27,8 @@ def rebuild(moment_CC: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) ->
     """
     dropped = dropped_of(kept, len(moment_CC))
     within = moment_CC[kept][:, kept].double()
-    within.diagonal().add_(ridge * moment_CC.diagonal().mean())
+    # Channels that are never active leave a ridge of nothing; their rebuilt ones are zero.
+    within.diagonal().add_((ridge * moment_CC.diagonal().mean()).double().clamp_min(torch.finfo(torch.double).tiny))
     return torch.linalg.solve(within, moment_CC[kept][:, dropped].double()).T.float().contiguous()
 
 

@@ -50,7 +50,9 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
     if settings:
         lines.append(f"- Data: {', '.join(settings['data']['train'])}")
         lines.append(f"- Tokens: {trainer['tokens']:,}")
-    for key, label in (("loss", "Training loss at the last step"), ("eval_loss", "Held-out loss when last evaluated")):
+    taught = " (of it and the base's share)" if settings and settings.get("distill") else ""
+    labels = {"loss": f"Training loss{taught} at the last step", "eval_loss": "Held-out loss when last evaluated"}
+    for key, label in labels.items():
         if trainer.get(key) is not None:
             lines.append(f"- {label}: {trainer[key]:.4f} nats a token")
     if settings:

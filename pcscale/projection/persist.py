@@ -85,4 +85,6 @@ def _check(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             one, other = (f"{of[name][0]} {list(of[name][1])}" if name in of else "nothing" for of in (found, expected))
-            raise RequestError(f"{path}: {name} is {one}, this run expects {other}. Use its own run.yaml.")
+            raise RequestError(
+                f"{path}: {name} is {one}, this run expects {other}. Use the settings that it was saved with."
+            )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from pcscale.common.errors import RequestError
+from pcscale.config.schema import REBUILDING_STARTS
 from pcscale.families.axes import RESIDUAL
 from pcscale.families.plan import Plan, PlannedWeight, kept_name
 from pcscale.families.spec import Kind
@@ -113,7 +114,7 @@ def rotated(plan: Plan, fixed: FixedTensors, basis_Hh: torch.Tensor, gain: float
     for norm in _norms(plan):
         gamma_H = read(norm).float()
         if norm in readers:
-            mean = gamma_H.square().mean().sqrt()
+            mean = gamma_H.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
             fixed[scale_name(norm)] = gamma_H / mean
             norms[norm] = (mean * gain).expand(basis_Hh.shape[1]).clone()
         else:
@@ -139,14 +140,18 @@ def make_start(
     Args:
         scores: with what calibration leaves beside them (importance/statistics.py).
         read: gives a base weight as it is stored.
-        rebuilt: of dropped ffn channels, by set of kept indices; None: these start at nothing.
+        rebuilt: of dropped ffn channels, by set of kept indices, as `read_rebuilt` gives them; only a start with
+            `least_squares` in its name takes them. Empty: they are added later.
 
     Raises:
-        RequestError: the scores are of another model, or of no activations where the start needs these.
+        RequestError: the scores are of another model, or of no activations where the start needs these, or `rebuilt`
+            is missing.
     """
     needed = [SECOND_MOMENT, *map(energy_name, _norms(plan))] if name != "selection" else []
     for missing in (entry for entry in needed if entry not in scores):
         raise RequestError(f"start {name} needs {missing}, which these scores lack: calibrate with activations.")
+    if rebuilt is None and name in REBUILDING_STARTS:
+        raise RequestError(f"start {name} rebuilds ffn channels: give `rebuilt`, from write_rebuilt and read_rebuilt.")
     start = STARTS[name](plan, scores, read)
     return replace(start, rebuilt={**start.rebuilt, **(rebuilt or {})})
 

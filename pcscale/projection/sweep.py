@@ -54,7 +54,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         model: the compressed model; its parameters are named as in the plan.
         plan: the base's and the compressed shapes.
         base: where base weights are read from.
-        start: what training begins with; where a checkpoint is loaded, its `fixed` tensors are enough.
+        start: what training begins with; where a checkpoint is loaded, its `fixed` tensors are enough (with a
+            weight_decay and a start that rebuilds channels, say `aux_start` in `form` as well).
         lr: rate of D_out and D_in.
         rates_per_matrix: divide a D's rate by what its entries are multiplied with on their way into the weight, where
             that is more than 1: for D_in the mean norm of the base weight's rows, for D_out of its columns. A step of

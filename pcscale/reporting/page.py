@@ -161,7 +161,8 @@ def _training_text(data: RunData, training: dict[str, Any]) -> str:
         f"{format_count(training['tokens'])} tokens",
         f"{format_seconds(training['seconds'])} of training",
     ]
-    losses = {"last loss": training["final_loss"], "best held-out loss": training["best_eval_loss"]}
+    taught = ", with the base's share," if data.config.distill else ""
+    losses = {f"last loss{taught}": training["final_loss"], "best held-out loss": training["best_eval_loss"]}
     parts += [f"{label} {loss:.4f}" for label, loss in losses.items() if loss is not None]
     moved, least = training["moved_bytes_per_step"], training["least_moved_bytes_per_step"]
     if moved and least:

@@ -19,7 +19,8 @@ MARKERS_END_AT = 40  # points; beyond it the line alone is clearer
 def plot_loss(data: RunData) -> Figure:
     """Training loss per step, held-out loss where evaluated (step 0 too), and the base's held-out loss."""
     figure, axes = _new_plot("Loss", "nats per token")
-    _draw(axes, _steps(data), _values([step.loss for step in data.steps]), "training")
+    taught = ", with the base's share" if data.config.distill else ""
+    _draw(axes, _steps(data), _values([step.loss for step in data.steps]), f"training{taught}")
     held_out = [(step.step, step.eval_loss) for step in data.steps if step.eval_loss is not None]
     if start := data.evaluation.get("start"):
         held_out.insert(0, (0, start["loss"]))

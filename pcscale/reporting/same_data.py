@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.data.token_file import TokenFile, read_token_file, sequences_fingerprint
 from pcscale.reporting.run_data import RunData
@@ -21,6 +22,12 @@ def check_same_data(runs: Sequence[RunData]) -> None:
     longest, longest_file = max(zip(runs, files, strict=True), key=lambda pair: pair[1].train.shape[0])
     for data, file in zip(runs, files, strict=True):
         _check_training(longest, longest_file, data, file)
+        if file.train.shape[0] < longest_file.train.shape[0]:
+            tokens = [f"{each.train.shape[0] * each.sequence_length:,}" for each in (file, longest_file)]
+            console.warn(
+                f"{data.run} drew on {tokens[0]} tokens of the training text, {longest.run} on {tokens[1]}: they saw "
+                "it in another order, and may have calibrated on other parts of it"
+            )
 
 
 def _check_held_out(first: RunData, first_file: TokenFile, data: RunData, file: TokenFile) -> None:

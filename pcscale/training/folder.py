@@ -205,13 +205,21 @@ def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
         raise RequestError(
             f"{path} already holds a run. Add --resume to go on with it, or name a new folder as output."
         )
-    before = check_values(read_values(folder.settings), str(folder.settings)).model_dump()
-    for key, value in config.model_dump().items():
-        if key not in FREE_TO_CHANGE and value != before[key]:
+    before = _bound(check_values(read_values(folder.settings), str(folder.settings)))
+    for key, value in _bound(config).items():
+        if value != before[key]:
             raise RequestError(
                 f"{key} is {value!r}, the run in {path} began with {before[key]!r}. "
                 "Put it back, or name a new folder as output."
             )
+
+
+def _bound(config: RunConfig) -> dict[str, Any]:
+    """What makes a run this one. A teacher's folder may lie elsewhere: its hashes tell whether it is the same."""
+    values = config.model_dump(exclude=set(FREE_TO_CHANGE))
+    if values["distill"] is not None:
+        values["distill"]["cache"] = values["distill"]["cache"] is not None
+    return values
 
 
 def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:

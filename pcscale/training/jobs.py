@@ -17,7 +17,7 @@ from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json
 from pcscale.compressed.model import load_stock
 from pcscale.config.load import check_values, read_values
-from pcscale.config.schema import RunConfig
+from pcscale.config.schema import TEXT_FREE, RunConfig
 from pcscale.data.tokens import count_text_bytes, load_tokenizer, read_sequences
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.evaluation.tasks import TaskRequest
@@ -45,7 +45,7 @@ def calibrate(config: RunConfig) -> dict[str, Any]:
     base = MappedBase(source)
     whole = Plan(base.family, base.config, base.config["hidden_size"], base.config["intermediate_size"])
     batches: list[torch.Tensor] = []
-    if config.importance == "activation":
+    if config.importance not in TEXT_FREE:
         tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
         count = max(1, config.calibration_tokens // config.sequence_length)
         ids_NT = read_sequences("--data", config.data.train, tokenizer, config.sequence_length, count, _vocab(base))

@@ -21,7 +21,7 @@ from pcscale.common.topology import ALONE, Group, Topology
 from pcscale.common.units import parse_bytes
 from pcscale.compressed.loss import NextTokenLoss
 from pcscale.compressed.model import load_stock
-from pcscale.config.schema import RunConfig
+from pcscale.config.schema import TEXT_FREE, RunConfig
 from pcscale.data.text import describe
 from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens, wanted_sequences
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
@@ -70,6 +70,7 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False, for
         RunError: the run failed.
         Interrupted: the user asked to stop.
     """
+    config = config.resolved()
     folder = RunFolder(Path(config.output).expanduser())
     if dry_run:
         said_once(lambda: check_processes(config))
@@ -201,7 +202,7 @@ class _Run:
             scores = collect_scores(
                 setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
             )
-            tokens = sum(batch.numel() for batch in batches) if config.importance in ("activation", "energy") else 0
+            tokens = sum(batch.numel() for batch in batches) if config.importance not in TEXT_FREE else 0
             if setup.group.topology.is_first:
                 write_scores(self.folder.scores, scores, config.importance, tokens)
             if config.rebuilds:
@@ -214,7 +215,7 @@ class _Run:
         setup, config, folder = self.setup, self.config, self.folder
 
         def make() -> Start:
-            return make_start(config.start, setup.plan, read_scores(folder.scores), setup.base.tensor)
+            return make_start(config.start, setup.plan, read_scores(folder.scores), setup.base.tensor, rebuilt={})
 
         # Where the ranks read the base together all of them make it, and the first one's counts.
         start = setup.group.gather(make())[0] if setup.base.collective else first_alone(setup.group, make)

@@ -48,7 +48,7 @@ def test_a_manifest_comes_back_as_it_was_written(folder: Path) -> None:
     manifest = Manifest.read(folder)
     assert dataclasses.asdict(manifest) == json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert (manifest.step, manifest.method, manifest.base_name) == (7, "projected", "größer/base")
-    assert (manifest.format_version, manifest.projection_rank) == (2, 3)
+    assert (manifest.format_version, manifest.projection_rank) == (3, 3)
     assert manifest.coded_fingerprints == {"model.embed_tokens.weight": "0f0f"}
     manifest.write(folder)
     assert Manifest.read(folder) == manifest
@@ -104,10 +104,10 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', '{"format_version": 3}', "3"])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format_version": 99}', '{"format_version": 4}', "3"])
 def test_another_format_is_refused_whatever_else_it_holds(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(RequestError, match=r" has checkpoint format (None|99|3), this version reads 1 and 2\."):
+    with pytest.raises(RequestError, match=r" has checkpoint format (None|99|4), this version reads 1 to 3\."):
         Manifest.read(tmp_path)
 
 

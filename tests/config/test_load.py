@@ -224,8 +224,7 @@ def test_settings_cannot_be_changed_afterwards(tmp_path: Path) -> None:
 def test_derived_figures_follow_from_the_settings(tmp_path: Path) -> None:
     config = load(tmp_path, "per_device_train_batch_size: 3\ngradient_accumulation_steps: 5\nsequence_length: 7\n")
     assert (config.sequences_per_step, config.tokens_per_step) == (15, 105)
-    assert config.aux_rate == 3 * config.learning_rate
-    assert load(tmp_path, "method: hard_prune\n").aux_rate == config.learning_rate
+    assert (config.learning_rate, config.aux_rate) == (1e-4, 3e-4)
     assert load(tmp_path, "aux_learning_rate: 1e-3\n").aux_rate == 1e-3
 
 
@@ -240,3 +239,20 @@ def test_every_setting_has_a_description_and_a_theme() -> None:
         assert field.description, key
         assert isinstance(field.json_schema_extra, dict), key
         assert field.json_schema_extra["theme"] in ("model", "data", "training", "memory", "output"), key
+
+
+def test_rates_that_follow_from_others_are_put_in(tmp_path: Path) -> None:
+    """So that a run goes on with them when defaults have changed."""
+    config = load(tmp_path, "learning_rate: 2.0e-4")
+    assert (config.aux_learning_rate, config.resolved().aux_learning_rate) == (None, 6e-4)
+    said = load(tmp_path, "learning_rate: 2.0e-4\naux_learning_rate: 5.0e-4")
+    assert said.resolved() == said
+    alone = load(tmp_path, "method: hard_prune")
+    assert alone.resolved() == alone
+
+
+def test_hard_pruning_trains_at_the_rate_of_aux(tmp_path: Path) -> None:
+    config = load(tmp_path, "method: hard_prune")
+    assert (config.learning_rate, config.aux_learning_rate) == (load(tmp_path).aux_rate, None)
+    assert config.aux_rate == config.learning_rate
+    assert load(tmp_path, "method: hard_prune", "learning_rate=1e-3").aux_rate == 1e-3

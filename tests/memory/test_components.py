@@ -94,7 +94,7 @@ def test_what_a_start_keeps_is_predicted_to_the_byte(
     batches = token_batches(2)
     scores = activation_scores(plan, base, "activation", batches, CPU, torch.float32)
     write_rebuilt(path, plan, base, select(plan, scores), batches, CPU, torch.float32)
-    made, config, entered = make_start(start, plan, scores, base.tensor), settings(start=start), Entered()
+    made, config, entered = make_start(start, plan, scores, base.tensor, {}), settings(start=start), Entered()
     model = build_compressed(plan, start_tensors(plan, made, base.tensor), CPU, torch.float32)
     optimizer = ProjectedAdamW(model, plan, base, made)
     dense = [tensor for tensor in optimizer.fixed.values() if tensor.is_floating_point()]

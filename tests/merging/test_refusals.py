@@ -109,10 +109,10 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(mine: TrainedRun, tmp_path
     _refused(mine, tmp_path / "merged", RequestError, message)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", "2", None])
+@pytest.mark.parametrize("version", [0, 4, "1", "3", None])
 def test_a_manifest_of_another_format_is_refused(version: object, mine: TrainedRun, tmp_path: Path) -> None:
     mine.change_manifest(format_version=version)
-    message = rf"step-00000003 has checkpoint format {version!r}, this version reads 1 and 2\."
+    message = rf"step-00000003 has checkpoint format {version!r}, this version reads 1 to 3\."
     _refused(mine, tmp_path / "merged", RequestError, message)
 
 

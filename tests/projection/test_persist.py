@@ -187,7 +187,7 @@ def test_a_state_of_other_widths_is_refused(compression: Compression, tmp_path: 
     wider = Compression.of(compression.base.folder, hidden_size=28)
     message = (
         f"{tmp_path / record_file(EMBEDDING)}: aux is F32 [300, 24], this run expects F32 [300, 28]. "
-        "Use its own run.yaml."
+        "Use the settings that it was saved with."
     )
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         read_state(wider.optimizer(wider.model()), tmp_path, manifest)
@@ -207,7 +207,7 @@ def test_a_state_in_another_format_is_refused(
     _, optimizer = trained(compression)
     manifest = write(compression, optimizer, tmp_path)
     other = compression.optimizer(compression.model(), form=FORMS[form])
-    message = f"{tmp_path / record_file(EMBEDDING)}: {difference}. Use its own run.yaml."
+    message = f"{tmp_path / record_file(EMBEDDING)}: {difference}. Use the settings that it was saved with."
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         read_state(other, tmp_path, manifest)
 
@@ -234,7 +234,8 @@ def test_a_state_without_a_tensor_is_refused(compression: Compression, tmp_path:
     save_file(outer, tmp_path / OUTER_NAME)
     files[OUTER_NAME] = fingerprint_file(tmp_path / OUTER_NAME)
     message = (
-        f"{tmp_path / OUTER_NAME}: direct.{NORM}.exp_avg is nothing, this run expects F32 [24]. Use its own run.yaml."
+        f"{tmp_path / OUTER_NAME}: direct.{NORM}.exp_avg is nothing, this run expects F32 [24]. "
+        "Use the settings that it was saved with."
     )
     with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
         read_state(optimizer, tmp_path, manifest_of(compression, files))

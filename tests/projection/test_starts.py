@@ -11,6 +11,7 @@ from pcscale.base.int8 import Int8Base
 from pcscale.calibration.collect import activation_scores, read_rebuilt, write_rebuilt
 from pcscale.common.errors import RequestError
 from pcscale.compressed.model import build_compressed
+from pcscale.config.schema import REBUILDING_STARTS
 from pcscale.families.plan import Plan
 from pcscale.importance.score import Scores, random_scores
 from pcscale.importance.select import select
@@ -274,3 +275,29 @@ def test_scores_without_activations_are_refused(compression: Compression) -> Non
     for name in STARTS.keys() - {"selection"}:
         with pytest.raises(RequestError, match=rf"start {name} needs second_moment.residual, which these scores lack"):
             make_start(name, compression.plan, scores, compression.base.tensor)
+
+
+@pytest.mark.parametrize("name", REBUILDING_STARTS)
+def test_what_is_rebuilt_must_be_given_to_a_start_that_rebuilds(name: str, compression: Compression) -> None:
+    with pytest.raises(RequestError, match=f"^start {name} rebuilds ffn channels: give `rebuilt`"):
+        make_start(name, compression.plan, calibrated(compression), compression.base.tensor)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_layer_that_does_nothing_has_a_start_that_does_nothing(name: str, tmp_path: Path) -> None:
+    """An ffn whose gate is zero, and a norm that is."""
+    folder = build_base(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    gate, norm = "model.layers.1.mlp.gate_proj.weight", "model.layers.0.input_layernorm.weight"
+    save_file({**weights, gate: 0 * weights[gate], norm: 0 * weights[norm]}, folder / "model.safetensors")
+    compression = Compression.of(folder)
+    tensors = start_tensors(compression.plan, start_of(name, compression, tmp_path), compression.base.tensor)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    model = build_compressed(compression.plan, tensors, CPU, torch.float32)
+    attention, ffn = model.model.layers[0].self_attn, model.model.layers[1].mlp
+    outputs: list[torch.Tensor] = []
+    for module in (attention.o_proj, ffn):
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    loss = model(input_ids=BATCHES[0], labels=BATCHES[0]).loss
+    assert loss.isfinite()
+    assert [output.abs().max().item() for output in outputs] == [0.0, 0.0]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pcscale.common.errors import RequestError
 from pcscale.common.ledger import HIDDEN, TEACHER
 from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
 from pcscale.families.plan import Plan
@@ -111,6 +112,17 @@ def test_a_killed_run_goes_on_to_the_same_numbers(world: World, whole: Path, run
     assert outcome.exit_code == 0
     assert "resuming at step 4" in outcome.stderr
     assert curve(run) == curve(tmp_path / "plain")
+
+
+def test_a_run_goes_on_where_the_folder_has_been_moved_but_not_without_one(
+    world: World, taught: Path, run: Path, tmp_path: Path
+) -> None:
+    compress(run_config(world, run, distill=of(taught), max_steps=2))
+    moved = taught.rename(tmp_path / "moved")
+    with pytest.raises(RequestError, match="distill is"):
+        compress(run_config(world, run, distill=TAUGHT, max_steps=5), resume=True)
+    compress(run_config(world, run, distill=of(moved), max_steps=5), resume=True)
+    assert len(losses(run)) == 5
 
 
 def test_a_run_that_sees_its_text_again_finds_it_again(world: World, whole: Path, run: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_run_that_is_there_is_not_touched_without_resume(stopped: Path) -> Non
     [
         ("learning_rate=0.02", "learning_rate is 0.02", "0.01"),
         ("seed=1", "seed is 1", "0"),
-        ("method=hard_prune", "method is 'hard_prune'", "'projected'"),
+        ("aux_learning_rate=0.02", "aux_learning_rate is 0.02", "0.03"),
         ("keep=0.6", "keep is 0.6", "None"),
         ("bf16=true", "bf16 is True", "False"),
     ],
@@ -146,7 +146,7 @@ def test_a_checkpoint_whose_json_was_cut_short_is_refused(name: str, stopped: Pa
         ("trainer.json", "step", "{path} lacks 'step': the file was changed."),
         ("trainer.json", "rng", "{path} lacks 'rng': the file was changed."),
         ("manifest.json", "files", "{path}: files: Field required. The file was changed."),
-        ("manifest.json", "format_version", "{path.parent} has checkpoint format None, this version reads 1 and 2."),
+        ("manifest.json", "format_version", "{path.parent} has checkpoint format None, this version reads 1 to 3."),
     ],
 )
 def test_a_checkpoint_whose_json_lacks_an_entry_is_refused(name: str, key: str, message: str, stopped: Path) -> None:
