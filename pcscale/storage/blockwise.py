@@ -8,6 +8,7 @@ Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv:211
 8-Bit Approximations for Parallelism in Deep Learning, arXiv:1511.04561.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -87,6 +88,8 @@ def require_bitsandbytes(setting: str) -> None:
 @cache
 def _operations() -> Any:
     """bitsandbytes' kernels; imported when 8 bits are asked for."""
+    # On some processors it asks for a package with 4-bit products, which nothing here needs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
     return torch.ops.bitsandbytes

@@ -1,5 +1,7 @@
 """8-bit values against bitsandbytes' own: its table, its codes, its decoding."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import bitsandbytes.functional
@@ -274,3 +276,10 @@ def test_without_bitsandbytes_a_setting_that_needs_it_is_refused(monkeypatch: py
     message = r"^moments 8bit needs the package bitsandbytes\. Run `pip install bitsandbytes`\.$"
     with pytest.raises(RequestError, match=message):
         require_bitsandbytes("moments 8bit")
+
+
+def test_loading_the_kernels_says_nothing() -> None:
+    code = "import torch; from pcscale.storage.blockwise import Blockwise as B\n"
+    code += "B(torch.zeros(256, dtype=torch.uint8), torch.ones(1)).decode(); print('decoded')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("decoded\n", "")
