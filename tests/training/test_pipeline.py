@@ -80,7 +80,9 @@ def test_a_run_leaves_every_part_in_its_folder(finished: Path) -> None:
 def test_run_yaml_holds_every_setting_and_says_the_same_again(world: World, finished: Path) -> None:
     values = yaml.safe_load((finished / "run.yaml").read_text())
     assert set(values) == set(RunConfig.model_fields)
-    assert RunConfig.model_validate(values) == run_config(world, finished, max_steps=40, eval_steps=20, save_steps=20)
+    asked = run_config(world, finished, max_steps=40, eval_steps=20, save_steps=20)
+    assert RunConfig.model_validate(values) == asked.resolved()
+    assert (asked.aux_learning_rate, values["aux_learning_rate"]) == (None, 0.03)
 
 
 def test_metrics_have_a_row_for_every_step_in_full_precision(world: World, finished: Path) -> None:
