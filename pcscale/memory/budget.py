@@ -66,7 +66,7 @@ KNOBS = (
 )
 """The settings that are chosen, most exact choices first: of equally fast ones the first in this order is taken."""
 _OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed"}
-"""Knobs that are chosen even where they were said: they say how many sequences a step sees, and these stay."""
+"""Knobs that are chosen even where they were said: how a step's sequences, whose number stays, are shared out."""
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 
 
 def _bound(config: RunConfig) -> dict[str, Any]:
-    """What makes a run this one. A teacher's folder may lie elsewhere: its hashes tell whether it is the same."""
+    """What makes a run this one. A teacher's folder may lie elsewhere: its hashes tell whether it is of this base."""
     values = config.model_dump(exclude=set(FREE_TO_CHANGE))
     if values["distill"] is not None:
         values["distill"]["cache"] = values["distill"]["cache"] is not None
