@@ -159,32 +159,32 @@ WIDTHS = replace(
     },
 )
 LONG = Budget(
-    "Arm by arm over 0.8 M tokens at 50 % of the parameters, each with its own best of three rates, our recipe of four "
-    "pairs.",
+    "Arm by arm over 2 M tokens, 65,536 a step, at 50 % of the parameters, each with its own best of three rates, our "
+    "recipe of four pairs.",
     {
         "sequence_length": 512,
         "eval_tokens": 65536,
-        "max_steps": 48,
-        "per_device_train_batch_size": 32,
-        "warmup_steps": 6,
-        "eval_steps": 12,
-        "save_steps": 48,
+        "max_steps": 32,
+        "per_device_train_batch_size": 64,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 4,
+        "eval_steps": 8,
+        "save_steps": 32,
+        "base_home": "device",
     },
-    (CONTROL, PUBLISHED, PRUNED, OURS),
+    (
+        replace(CONTROL, rates=alone(1.2e-3, 2.4e-3, 4.8e-3)),
+        replace(PUBLISHED, rates=pairs(*((rate, rate) for rate in (1.5e-4, 3e-4, 6e-4)))),
+        replace(PRUNED, rates=alone(6e-4, 1.2e-3, 2.4e-3)),
+        replace(OURS, rates=pairs((1.8e-4, 6e-4), (1.8e-4, 1.2e-3), (3.6e-4, 1.2e-3), (3.6e-4, 2.4e-3))),
+    ),
     {},
 )
 LONGEST = replace(
     LONG,
-    about="Arm by arm over 20 M tokens at 50 % of the parameters, each at the rate that was its best over 0.8 M tokens "
-    "(quality-long). The corpus of 4.6 M tokens is repeated.",
-    settings={
-        **LONG.settings,
-        "max_steps": 320,
-        "gradient_accumulation_steps": 4,
-        "warmup_steps": 10,
-        "eval_steps": 20,
-        "save_steps": 320,
-    },
+    about="Arm by arm over 20 M tokens, 65,536 a step, at 50 % of the parameters, each at the rate that was its best over "
+    "2 M tokens (quality-long). The corpus of 4.6 M tokens is repeated.",
+    settings={**LONG.settings, "max_steps": 320, "warmup_steps": 10, "eval_steps": 20, "save_steps": 320},
     variations={TAUGHT: TEACHING[TAUGHT]},
 )
 

