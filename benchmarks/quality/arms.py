@@ -159,8 +159,8 @@ WIDTHS = replace(
     },
 )
 LONG = Budget(
-    "Arm by arm over 2 M tokens, 65,536 a step, at 50 % of the parameters, each with its own best of three rates, our "
-    "recipe of four pairs.",
+    "Arm by arm over 2 M tokens, 65,536 a step, at 50 % of the parameters, each with its own best of three rates or "
+    "more.",
     {
         "sequence_length": 512,
         "eval_tokens": 65536,
@@ -170,22 +170,28 @@ LONG = Budget(
         "warmup_steps": 4,
         "eval_steps": 8,
         "save_steps": 32,
-        "base_home": "device",
     },
     (
         replace(CONTROL, rates=alone(1.2e-3, 2.4e-3, 4.8e-3)),
-        replace(PUBLISHED, rates=pairs(*((rate, rate) for rate in (1.5e-4, 3e-4, 6e-4)))),
+        replace(
+            PUBLISHED,
+            settings=PUBLISHED.settings | {"base_home": "device"},
+            rates=pairs(*((rate, rate) for rate in (3.75e-5, 7.5e-5, 1.5e-4, 3e-4, 6e-4))),
+        ),
         replace(PRUNED, rates=alone(6e-4, 1.2e-3, 2.4e-3)),
-        replace(OURS, rates=pairs((1.8e-4, 6e-4), (1.8e-4, 1.2e-3), (3.6e-4, 1.2e-3), (3.6e-4, 2.4e-3))),
+        replace(
+            OURS,
+            settings=OURS.settings | {"base_home": "device"},
+            rates=pairs((9e-5, 1.2e-3), (4.5e-5, 1.2e-3), (1.8e-4, 1.2e-3), (9e-5, 6e-4)),
+        ),
     ),
-    {},
+    {TAUGHT: TEACHING[TAUGHT]},
 )
 LONGEST = replace(
     LONG,
-    about="Arm by arm over 20 M tokens, 65,536 a step, at 50 % of the parameters, each at the rate that was its best over "
-    "2 M tokens (quality-long). The corpus of 4.6 M tokens is repeated.",
+    about="Arm by arm over 20 M tokens, 65,536 a step, at 50 % of the parameters, each at the rate that was its best "
+    "over 2 M tokens (quality-long). The corpus of 4.6 M tokens is repeated.",
     settings={**LONG.settings, "max_steps": 320, "warmup_steps": 10, "eval_steps": 20, "save_steps": 320},
-    variations={TAUGHT: TEACHING[TAUGHT]},
 )
 
 
@@ -222,7 +228,7 @@ def sized(budget: Budget, arm: Arm, rates: dict[str, float], share: str) -> Job:
 
 
 def varied(budget: Budget, rates: dict[str, float], name: str, changes: dict[str, Any]) -> Job:
-    return Job(f"our recipe, {name}", _values(budget, OUR_RECIPE, rates) | changes)
+    return Job(f"our recipe, {name}", _values(budget, budget.ours.settings, rates) | changes)
 
 
 def _values(budget: Budget, settings: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:

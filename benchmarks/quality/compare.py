@@ -104,7 +104,7 @@ def _best(budget: Budget) -> Iterator[Row]:
             yield f"50 %, {arm.name}", MISSING, ""
             continue
         curve = ", ".join(f"{loss:.3f}" for loss in result.losses.values())
-        cost = f"; {result.step_seconds:.1f} s a step; {result.peak_bytes / 2**30:.1f} GiB"
+        cost = f"; {result.step_seconds:.1f} s a step, {result.at_once} at once; {result.peak_bytes / 2**30:.1f} GiB"
         yield (
             f"50 %, {arm.name}: after {', '.join(f'{tokens:,}' for tokens in result.losses)} tokens",
             f"{curve} (base {result.base:.3f}; rate {_said(result.job)}{cost})",
@@ -125,9 +125,10 @@ def _against(result: Result, control: Result) -> str:
 
 
 def _equal_time(budget: Budget) -> Iterator[Row]:
-    """Where every arm is once the fastest one has ended: on a straight line between two evaluations."""
+    """Where every arm is once the fastest one has ended: on a straight line between two evaluations. Seconds compare
+    only where as many runs shared the machine."""
     results = [result for arm in budget.arms if (result := best_trial(budget, arm))]
-    if len(results) < 2:
+    if len(results) < 2 or len({result.at_once for result in results}) > 1:
         return
     fastest = min(results, key=lambda result: result.seconds)
     for result in results:

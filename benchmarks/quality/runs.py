@@ -42,6 +42,7 @@ class Result:
     Attributes:
         losses: held-out loss by tokens trained on, from none on. Units: nats.
         step_seconds: of a step, the median.
+        at_once: how many runs shared the machine.
         peak_bytes: of anonymous memory.
     """
 
@@ -49,6 +50,7 @@ class Result:
     base: float
     losses: dict[int, float]
     step_seconds: float
+    at_once: int
     parameters: int
     peak_bytes: int
 
@@ -78,6 +80,7 @@ def kept_result(job: Job) -> Result | None:
         kept["base_loss"],
         {point["tokens"]: point["loss"] for point in curve},
         kept["step_seconds"],
+        kept["machine"]["runs_at_a_time"],
         kept["parameters"],
         kept["peak_bytes"],
     )

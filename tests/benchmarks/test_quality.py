@@ -7,7 +7,20 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import compare, runs
-from benchmarks.quality.arms import CONTROL, OURS, SHORT, WIDTHS, Arm, Job, repetitions, trials, variants
+from benchmarks.quality.arms import (
+    BRIEF,
+    CONTROL,
+    LONG,
+    LONGEST,
+    OURS,
+    SHORT,
+    WIDTHS,
+    Arm,
+    Job,
+    repetitions,
+    trials,
+    variants,
+)
 from benchmarks.quality.compare import MISSING, best_trial
 from pcscale.common.files import write_json
 from pcscale.config.schema import RunConfig
@@ -23,20 +36,21 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def keep(results: Path, job: Job, losses: dict[int, float], seconds: float = 1.0) -> None:
+def keep(results: Path, job: Job, losses: dict[int, float], seconds: float = 1.0, at_once: int = 1) -> None:
     document: dict[str, Any] = {
         "base_loss": 3.0,
         "parameters": 67,
         "peak_bytes": 2**30,
         "step_seconds": seconds,
+        "machine": {"runs_at_a_time": at_once},
         "curve": [{"tokens": tokens, "loss": loss} for tokens, loss in losses.items()],
     }
     write_json(results / f"{runs._name(job)}.json", document)
 
 
-def keep_trials(results: Path, arm: Arm, lasts: tuple[float, ...], seconds: float = 1.0) -> None:
+def keep_trials(results: Path, arm: Arm, lasts: tuple[float, ...], seconds: float = 1.0, at_once: int = 1) -> None:
     for job, last in zip(trials(BUDGET, arm), lasts, strict=True):
-        keep(results, job, {0: 8.0, 200: 6.0, 400: last}, seconds)
+        keep(results, job, {0: 8.0, 200: 6.0, 400: last}, seconds, at_once)
 
 
 def rows(part: Any) -> list[tuple[str, str, str]]:
@@ -96,6 +110,12 @@ def test_at_equal_time_the_slower_arm_is_between_its_evaluations(results: Path) 
     ]
 
 
+def test_seconds_are_not_compared_where_not_as_many_runs_shared_the_machine(results: Path) -> None:
+    keep_trials(results, CONTROL, (4.5, 5.0, 5.0), at_once=3)
+    keep_trials(results, OURS, (4.0, 4.1, 4.2, 4.3), at_once=5)
+    assert rows(compare._equal_time) == []
+
+
 def test_seeds_and_variations_stand_beside_the_best(results: Path) -> None:
     keep_trials(results, OURS, (4.0, 5.0, 5.0, 5.0))
     seeds, last = list(repetitions(BUDGET, OURS, OURS.rates[0])), {1: 4.3, 2: 4.6}
@@ -120,7 +140,7 @@ def test_runs_of_other_settings_or_text_have_other_names(monkeypatch: pytest.Mon
 
 def test_every_run_is_one_that_compress_takes() -> None:
     places = {"base": "-", "output": "-", "data": {"train": ["-"]}}
-    for budget in (SHORT, WIDTHS):
+    for budget in (SHORT, BRIEF, WIDTHS, LONG, LONGEST):
         for arm in budget.arms:
             for job in [*trials(budget, arm), *repetitions(budget, arm, arm.rates[0])]:
                 RunConfig(**{**job.values, **places})
