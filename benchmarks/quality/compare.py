@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from benchmarks.quality.arms import (
     BRIEF,
@@ -189,19 +190,23 @@ def _variations(budget: Budget) -> Iterator[Row]:
 
 
 def _plot(budget: Budget, path: Path) -> None:
-    curves = [(arm.name, best_trial(budget, arm)) for arm in budget.arms]
+    """Held-out loss by tokens, from the first evaluation after the start on: what a start is at would hide the rest."""
+    found = [best_trial(budget, arm) for arm in budget.arms]
     ours = best_trial(budget, budget.ours)
     if ours is not None:
-        taught = [job for job in variants(budget, ours.job.rates) if job.name.endswith(TAUGHT)]
-        curves += [(job.name, kept_result(job)) for job in taught]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+        found += [kept_result(job) for job in variants(budget, ours.job.rates) if job.name.endswith(TAUGHT)]
+    results = [result for result in found if result is not None]
+    if not results:
+        return
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for name, result in curves:
-        if result is not None:
-            axes.plot(list(result.losses), list(result.losses.values()), marker="o", markersize=4, label=name)
+    for result in results:
+        tokens, losses = list(result.losses)[1:], list(result.losses.values())[1:]
+        axes.plot(tokens, losses, marker="o", markersize=4, label=f"{result.job.name}: {result.last:.3f}")
+    axes.axhline(results[0].base, color="gray", linestyle=":", label=f"base: {results[0].base:.3f}")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("tokens")
     axes.set_ylabel("held-out loss (nats a token)")
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(frameon=False)
-        figure.savefig(path, dpi=110)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
