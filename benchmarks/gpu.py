@@ -16,7 +16,7 @@ from benchmarks.shapes import LLAMA_1B, LLAMA_8B, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
-from pcscale.training.demo import fetch_smollm2, python_topics
+from pcscale.jobs.demo import fetch_smollm2, python_topics
 
 SETTINGS = {
     "start": "selection",

@@ -29,11 +29,11 @@ from pcscale.config.load import check_values
 from pcscale.families.hf_config import read_config
 from pcscale.families.registry import family_of
 from pcscale.families.widths import make_plan
+from pcscale.jobs.demo import fetch_smollm2, python_topics
 from pcscale.memory.estimate import plan_document
 from pcscale.memory.place import Place, ZeroForm
 from pcscale.reporting.side_by_side import components
 from pcscale.storage.hashing import fingerprint
-from pcscale.training.demo import fetch_smollm2, python_topics
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = {"record_dtype": "bfloat16", "moments": "8bit"}

@@ -16,17 +16,17 @@ from benchmarks.report import Row
 from benchmarks.shapes import fill, make_base, noise
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
-from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import select
 from pcscale.common.console import console
 from pcscale.common.units import format_bytes, format_seconds
-from pcscale.families.costs import out_side_first
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.registry import family_of
 from pcscale.families.widths import plan_widths
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
+from pcscale.projection.costs import out_side_first
 from pcscale.projection.layout import value_shapes
 from pcscale.projection.persist import direct_name, fixed_entry
+from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors
 

@@ -17,7 +17,7 @@ from benchmarks.shapes import PUBLISHED_START, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
 from pcscale.common.units import format_bytes, format_seconds
-from pcscale.training.demo import fetch_smollm2, python_topics
+from pcscale.jobs.demo import fetch_smollm2, python_topics
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {

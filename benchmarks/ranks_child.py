@@ -15,23 +15,24 @@ from benchmarks.counters import count_collectives
 from pcscale.base.held import HeldBase
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import select
+from pcscale.common.allocator import release_freed
 from pcscale.common.cache import cache_folder
-from pcscale.compressed.loss import NextTokenLoss
-from pcscale.compressed.model import build_compressed
 from pcscale.distributed.engine import DeepSpeedEngine
 from pcscale.distributed.group import ProcessGroup
 from pcscale.distributed.zero_base import ZeroBase
 from pcscale.families.plan import PlannedWeight
 from pcscale.families.widths import plan_widths
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
-from pcscale.memory.process import anonymous_bytes, release_freed
+from pcscale.jobs.demo import fetch_smollm2
+from pcscale.memory.process import anonymous_bytes
+from pcscale.model.compressed import build_compressed
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.layout import RecordFormat, record_bytes, trainable_values
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.demo import fetch_smollm2
 from pcscale.training.step import training_step
 
 WIDTHS = {"hidden_size": 387, "intermediate_size": 1032}

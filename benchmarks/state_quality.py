@@ -18,7 +18,7 @@ from benchmarks.report import REPORTS, Row
 from benchmarks.shapes import PUBLISHED_START, SMOLLM2_HALF
 from pcscale.common.cache import cache_folder
 from pcscale.common.files import write_text
-from pcscale.training.demo import fetch_smollm2, python_topics
+from pcscale.jobs.demo import fetch_smollm2, python_topics
 
 FULL = {"record_dtype": "float32", "moments": "32bit", "base_precision": "stored"}
 SMALL = {"record_dtype": "bfloat16", "moments": "8bit"}

@@ -12,15 +12,16 @@ from benchmarks.report import Row
 from benchmarks.shapes import SMOLLM2_HALF
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import select
 from pcscale.common.cache import cache_folder
-from pcscale.compressed.loss import NextTokenLoss
-from pcscale.compressed.model import build_compressed
 from pcscale.families.widths import plan_widths
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
+from pcscale.jobs.demo import fetch_smollm2
+from pcscale.model.compressed import build_compressed
+from pcscale.model.loss import NextTokenLoss
+from pcscale.projection.costs import sweep_flops
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.demo import fetch_smollm2
 
 REPEATS = 5
 SEQUENCE_LENGTH = 256
@@ -40,7 +41,7 @@ def run(scratch: Path) -> list[Row]:
     base, loss_module, projected = half_of_smollm2()
     plan = projected.plan
     plain = torch.optim.AdamW(loss_module.parameters(), lr=1e-6, fused=True)
-    sweep_flops = plan.compose_flops + plan.pull_back_flops
+    flops_of_sweep = sum(sweep_flops(plan))
     rows: list[Row] = []
     for batch_size in (2, 4, 16):
         ids_BT = torch.randint(base.config["vocab_size"], (batch_size, SEQUENCE_LENGTH))
@@ -62,12 +63,14 @@ def run(scratch: Path) -> list[Row]:
             (
                 f"{ids_BT.numel()} tokens: whole step, ProjectedAdamW over AdamW",
                 f"{(train + sweep) / (train + adamw):.2f}",
-                f"{(train_flops + sweep_flops) / train_flops:.2f} predicted by FLOPs",
+                f"{(train_flops + flops_of_sweep) / train_flops:.2f} predicted by FLOPs",
             ),
         ]
     rate = train_flops / train
     rows.append(("FLOPs a second: forward and backward", f"{rate / 1e9:.0f} G", ""))
-    rows.append(("FLOPs a second: sweep", f"{sweep_flops / sweep / 1e9:.0f} G", f"{sweep_flops / 1e12:.3f} T a sweep"))
+    rows.append(
+        ("FLOPs a second: sweep", f"{flops_of_sweep / sweep / 1e9:.0f} G", f"{flops_of_sweep / 1e12:.3f} T a sweep")
+    )
     return rows
 
 

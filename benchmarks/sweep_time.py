@@ -17,14 +17,14 @@ from benchmarks.shapes import LLAMA_1B, make_base
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import KeptIndices, select
 from pcscale.common.console import console
 from pcscale.common.units import format_bytes
-from pcscale.compressed.model import build_compressed
-from pcscale.families.costs import out_side_first
 from pcscale.families.plan import Plan
 from pcscale.families.widths import plan_widths
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import KeptIndices, select
+from pcscale.model.compressed import build_compressed
+from pcscale.projection.costs import out_side_first, sweep_flops
 from pcscale.projection.layout import RecordFormat, record_bytes
 from pcscale.projection.residency import Residency
 from pcscale.projection.starts import Start, start_tensors
@@ -210,7 +210,7 @@ def _published_step(plan: Plan, base: MappedBase, kept: KeptIndices) -> Callable
 
 def _published_flops_ratio(plan: Plan) -> float:
     """Products of the sweep over those of the two visits, in FLOPs."""
-    sweep = plan.compose_flops + plan.pull_back_flops
+    sweep = sum(sweep_flops(plan))
     published = 0
     for planned in plan.matrices:
         (O, I), (o, i) = planned.shapes
@@ -227,7 +227,7 @@ def _kept_product_share(plan: Plan) -> float:
         if planned.projects_in and planned.projects_out:
             (O, I), (o, i) = planned.shapes
             saved += 2 * O * I * (o if out_side_first(*planned.shapes) else i)
-    return saved / (plan.compose_flops + plan.pull_back_flops)
+    return saved / (sum(sweep_flops(plan)))
 
 
 def _disk_rates(path: Path) -> tuple[float, float]:

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from pcscale.base.mapped import MappedBase
     from pcscale.base.resolve import resolve_base
     from pcscale.calibration.collect import collect_scores, read_rebuilt, write_rebuilt
-    from pcscale.compressed.model import build_compressed
+    from pcscale.calibration.select import select
     from pcscale.families.widths import plan_keep, plan_parameters, plan_widths
-    from pcscale.importance.select import select
     from pcscale.merging.merge import merge
+    from pcscale.model.compressed import build_compressed
     from pcscale.projection.layout import RecordFormat
     from pcscale.projection.residency import Residency
     from pcscale.projection.starts import Start, make_start, start_tensors
     from pcscale.projection.sweep import ProjectedAdamW
+    from pcscale.training.hf_trainer import ProjectionCallback
     from pcscale.training.state import load_state, save_state
-    from pcscale.training.trainer import ProjectionCallback
 
 __version__ = "0.1.0"
 
@@ -34,11 +34,11 @@ _HOMES = {
     "collect_scores": "pcscale.calibration.collect",
     "read_rebuilt": "pcscale.calibration.collect",
     "write_rebuilt": "pcscale.calibration.collect",
-    "build_compressed": "pcscale.compressed.model",
+    "build_compressed": "pcscale.model.compressed",
     "plan_keep": "pcscale.families.widths",
     "plan_parameters": "pcscale.families.widths",
     "plan_widths": "pcscale.families.widths",
-    "select": "pcscale.importance.select",
+    "select": "pcscale.calibration.select",
     "load_state": "pcscale.training.state",
     "merge": "pcscale.merging.merge",
     "RecordFormat": "pcscale.projection.layout",
@@ -48,7 +48,7 @@ _HOMES = {
     "start_tensors": "pcscale.projection.starts",
     "ProjectedAdamW": "pcscale.projection.sweep",
     "save_state": "pcscale.training.state",
-    "ProjectionCallback": "pcscale.training.trainer",
+    "ProjectionCallback": "pcscale.training.hf_trainer",
 }
 __all__ = [
     "HeldBase",

@@ -12,8 +12,8 @@ SETTINGS = ROOT / "docs" / "settings.md"
 README = ROOT / "README.md"
 _TREE_START, _TREE_END = "<!-- tree: made by `make docs` -->\n", "<!-- /tree -->"
 _PACKAGES = (  # top first
-    *("cli", "training", "merging", "calibration", "evaluation", "reporting", "distributed"),
-    *("memory", "data", "projection", "base", "importance", "checkpoint", "compressed"),
+    *("cli", "jobs", "training", "merging", "evaluation", "reporting", "distributed"),
+    *("memory", "data", "projection", "calibration", "base", "run", "model"),
     *("families", "storage", "config", "common"),
 )
 _BESIDE = {

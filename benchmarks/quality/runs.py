@@ -23,9 +23,9 @@ from benchmarks.report import hardware
 from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
 from pcscale.common.files import read_json, write_json, write_text
+from pcscale.jobs.demo import fetch_smollm2
 from pcscale.memory.process import machine
 from pcscale.storage.hashing import fingerprint
-from pcscale.training.demo import fetch_smollm2
 
 REPOSITORY = Path(__file__).parents[2]
 WORKERS = int(os.environ.get("PCSCALE_WORKERS", "1"))

@@ -17,13 +17,9 @@ from torch import nn
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.common.ledger import HIDDEN, ledger
+from pcscale.common.sizes import HIDDEN_BUDGET_BYTES, LOGIT_CHUNK_VALUES
 from pcscale.families.spec import Kind
-from pcscale.families.stock import empty_model
-
-HIDDEN_BUDGET_BYTES = 512 * 2**20
-"""Hidden states that may wait on the host in one pass; more batches than fit take another pass."""
-LOGIT_BLOCK_VALUES = 2**23
-"""Logits of one batch that exist at a time."""
+from pcscale.model.stock import empty_model
 
 _LayerArguments = list[dict[str, Any]]
 
@@ -108,7 +104,7 @@ class LayerMajorModel:
         targets = [batch_BT[:, 1:].to(self.device) for batch_BT in batches]
         log_sums = [torch.full(target_BT.shape, -torch.inf, device=self.device) for target_BT in targets]
         picked = [torch.zeros(target_BT.shape, device=self.device) for target_BT in targets]
-        rows = max(1, LOGIT_BLOCK_VALUES // max(target_BT.numel() for target_BT in targets))
+        rows = max(1, LOGIT_CHUNK_VALUES // max(target_BT.numel() for target_BT in targets))
         for first in range(0, len(head_VH), rows):
             block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
             for hidden_BTH, target_BT, log_sum_BT, picked_BT in zip(hidden, targets, log_sums, picked, strict=True):
@@ -134,7 +130,7 @@ class LayerMajorModel:
         self.read_bytes += head_VH.nbytes
         tops = [(hidden_BTH.new_empty(0), hidden_BTH.new_empty(0)) for hidden_BTH in hidden]
         log_sums = [torch.full(hidden_BTH.shape[:2], -torch.inf, device=self.device) for hidden_BTH in hidden]
-        rows = max(1, LOGIT_BLOCK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
+        rows = max(1, LOGIT_CHUNK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
         for first in range(0, len(head_VH), rows):
             block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
             for position, (hidden_BTH, log_sum_BT) in enumerate(zip(hidden, log_sums, strict=True)):

@@ -7,7 +7,7 @@ import torch
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight
-from pcscale.common.ledger import FROZEN_BASE, home_of, ledger
+from pcscale.common.ledger import FROZEN_BASE, ledger, placement_of
 from pcscale.common.units import aligned
 from pcscale.storage.host_memory import Arena, HostBytes
 
@@ -36,7 +36,7 @@ class HeldBase:
             self._weights = {name: _copied(base.weight(name), places) for name in names}
         else:
             self._weights = {name: base.weight(name).to(device) for name in names}
-        home = self._memory.home if device.type == "cpu" else home_of(device)
+        home = self._memory.home if device.type == "cpu" else placement_of(device)
         ledger.keep(self, FROZEN_BASE, home, sum(weight.num_bytes for weight in self._weights.values()))
 
     def weight(self, name: str) -> FrozenWeight:

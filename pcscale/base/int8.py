@@ -14,15 +14,15 @@ from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight, encode_weight
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError, RunError
-from pcscale.common.files import said_plainly
-from pcscale.storage.blockwise import BLOCK, require_bitsandbytes
+from pcscale.common.files import readable_os_errors
+from pcscale.common.sizes import QUANTISED_BLOCK
+from pcscale.storage.blockwise import require_bitsandbytes
 from pcscale.storage.hashing import fingerprint
 from pcscale.storage.host_memory import bytes_of
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader
 from pcscale.storage.writer import ShardWriter, TensorShape
 
-CACHE_NAME = "base-int8.safetensors"
 _FORMAT = "bitsandbytes dynamic signed 8-bit, blocks of 256"
 _ABSMAX = ".absmax"
 _BOUND_TO, _FINGERPRINTS = "bound_to", "fingerprints"
@@ -95,7 +95,7 @@ class Int8Base:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Let one process of this host work in the folder while the others wait for it."""
-    with said_plainly(folder):
+    with readable_os_errors(folder):
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -139,7 +139,7 @@ def _write_cache(cache: Path, base: MappedBase) -> None:
     for name in names:
         O, I = base.tensor(name).shape
         shapes[name] = (torch.uint8, (O, I))
-        shapes[name + _ABSMAX] = (torch.float32, (-(-O * I // BLOCK),))
+        shapes[name + _ABSMAX] = (torch.float32, (-(-O * I // QUANTISED_BLOCK),))
     shapes[_FINGERPRINTS] = (torch.uint8, (len(names), 16))
     values = sum(math.prod(shape) for dtype, shape in shapes.values())
     with (

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pcscale.storage.blockwise import BLOCK, Blockwise
+from pcscale.common.sizes import QUANTISED_BLOCK
+from pcscale.storage.blockwise import Blockwise
 
 _CHUNK_VALUES = 2**18
 """Values that are coded or decoded at a time on a processor: what its cache holds."""
@@ -71,12 +72,15 @@ class FrozenWeight:
         O, I = self.shape
         row_start, row_stop, _ = rows.indices(O)
         start, stop, _ = columns.indices(I)
-        if I % BLOCK:  # Blocks of codes run over the ends of rows.
-            for first in range(row_start, row_stop, BLOCK):
-                last = min(first + BLOCK, row_stop)
+        if I % QUANTISED_BLOCK:  # Blocks of codes run over the ends of rows.
+            for first in range(row_start, row_stop, QUANTISED_BLOCK):
+                last = min(first + QUANTISED_BLOCK, row_stop)
                 out[first - row_start : last - row_start] = self.rows(out.dtype, first, last)[:, start:stop]
             return out
-        codes, scales = self.values[rows, columns], self.absmax.view(O, -1)[rows, start // BLOCK : -(-stop // BLOCK)]
+        codes, scales = (
+            self.values[rows, columns],
+            self.absmax.view(O, -1)[rows, start // QUANTISED_BLOCK : -(-stop // QUANTISED_BLOCK)],
+        )
         lines = max(1, _CHUNK_VALUES // (stop - start))
         for first in range(0, len(out), lines):
             part = Blockwise(codes[first : first + lines].contiguous(), scales[first : first + lines].reshape(-1))

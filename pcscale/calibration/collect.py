@@ -11,13 +11,13 @@ from torch import nn
 
 from pcscale.base.forward import LayerMajorModel
 from pcscale.base.mapped import MappedBase
+from pcscale.calibration.score import Scores, magnitude_scores, random_scores
+from pcscale.calibration.select import KeptIndices
+from pcscale.calibration.statistics import SECOND_MOMENT, energy_name, rebuild
 from pcscale.common.errors import RequestError
 from pcscale.families.axes import FFN, RESIDUAL
 from pcscale.families.plan import Plan, kept_name
 from pcscale.families.spec import Kind, Weight
-from pcscale.importance.score import Scores, magnitude_scores, random_scores
-from pcscale.importance.select import KeptIndices
-from pcscale.importance.statistics import SECOND_MOMENT, energy_name, rebuild
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader
 from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors
@@ -38,7 +38,7 @@ def activation_scores(
     `energy` sums squares, of an ffn channel times the square of the norm of the column that it enters.
 
     Returns:
-        Beside the scores `SECOND_MOMENT`, and the `energy_name` of each norm (importance/statistics.py).
+        Beside the scores `SECOND_MOMENT`, and the `energy_name` of each norm (calibration/statistics.py).
 
     Source: method as published by Stefaniak et al., arXiv:2506.22255 (activation sums over about 8 M tokens); `energy`
     is the diagonal of what Wanda scores weights by, Sun et al., arXiv:2306.11695, summed over a column.

@@ -24,7 +24,7 @@ def main(
 ) -> None:
     """Score every channel of the base, reading each of its weights once."""
     from pcscale.config.load import check_values
-    from pcscale.training.jobs import calibrate
+    from pcscale.jobs.evaluate import calibrate
 
     values = {
         "base": base,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pcscale.common.console import console
-from pcscale.common.errors import PcscaleError, SaidElsewhere
+from pcscale.common.errors import PcscaleError, PeerFailed
 
 _OUTPUT = "Output"
 _GRACE_SECONDS = 2.0
@@ -39,7 +39,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             _fail("interrupted", 130)
         except typer.Exit:
             raise
-        except SaidElsewhere as error:
+        except PeerFailed as error:
             # A launcher ends all processes when the first one exits: those that have something to say go first.
             time.sleep(_GRACE_SECONDS)
             raise typer.Exit(error.exit_code) from None

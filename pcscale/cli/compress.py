@@ -28,10 +28,10 @@ def main(
 ) -> None:
     """Plan, calibrate, train, merge, evaluate and report, into one run folder."""
     from pcscale.config.load import load_run_config
-    from pcscale.training.pipeline import compress
-    from pcscale.training.processes import said_once
+    from pcscale.jobs.compress import compress
+    from pcscale.jobs.processes import reported_once
 
-    config = said_once(lambda: load_run_config(run, overrides or []))
+    config = reported_once(lambda: load_run_config(run, overrides or []))
     report = compress(config, resume=resume, dry_run=dry_run, force=force)
     if json:
         print_json(report)

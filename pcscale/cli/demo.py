@@ -17,7 +17,7 @@ def main(
 ) -> None:
     """Compress SmolLM2-135M to about half, in minutes on two processor cores. Goes on where it was interrupted."""
     from pcscale.cli.compress import print_outcome
-    from pcscale.training.demo import run_demo
+    from pcscale.jobs.demo import run_demo
 
     report, sample = run_demo(output)
     if json:

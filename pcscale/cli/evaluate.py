@@ -50,8 +50,8 @@ def main(
     from pcscale.common.errors import RequestError
     from pcscale.config.load import check_values
     from pcscale.evaluation.tasks import TaskRequest, task_specs
+    from pcscale.jobs.evaluate import evaluate
     from pcscale.reporting.table import comparison_rows, task_rows
-    from pcscale.training.jobs import evaluate
 
     if not data and not tasks:
         raise RequestError("there is nothing to evaluate on. Name text with --data, tasks with --tasks, or both.")

@@ -32,7 +32,7 @@ def main(
     from pcscale.base.resolve import resolve_base
     from pcscale.common.units import format_bytes, format_seconds, parse_bytes
     from pcscale.merging.merge import merge, result_document
-    from pcscale.training.folder import RunFolder
+    from pcscale.run.folder import RunFolder
 
     result = merge(
         RunFolder(checkpoint).latest_checkpoint() or checkpoint,

@@ -54,7 +54,7 @@ def main(
     one goes on, and more text of the same base is added.
     """
     from pcscale.common.units import format_bytes
-    from pcscale.training.teach import teach
+    from pcscale.jobs.teach import teach
 
     flags = {
         "data": None if data is None else {"train": data},

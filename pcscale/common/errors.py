@@ -28,7 +28,7 @@ class RunError(PcscaleError, RuntimeError):
     exit_code = 1
 
 
-class SaidElsewhere(PcscaleError):
+class PeerFailed(PcscaleError):
     """Another process of the run has failed, and says why."""
 
     def __init__(self, exit_code: int) -> None:

@@ -17,7 +17,7 @@ _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag, from Linux's headers
 
 
 @contextmanager
-def said_plainly(path: Path) -> Iterator[None]:
+def readable_os_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals around `path` into errors that a user can act on."""
     try:
         yield
@@ -50,7 +50,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     Where the file system has no links, the second name gets a synced copy.
     """
     temporary = temporary_beside(target)
-    with said_plainly(target):
+    with readable_os_errors(target):
         try:
             temporary.unlink(missing_ok=True)
             try:
@@ -93,7 +93,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     temporary = temporary_beside(path)
-    with said_plainly(path):
+    with readable_os_errors(path):
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -125,14 +125,14 @@ def read_json(path: Path) -> Any:
 
 def empty_folder(path: Path) -> None:
     """Make a folder, in place of what was there."""
-    with said_plainly(path):
+    with readable_os_errors(path):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
     """Make a whole folder `path`, in place of one that is there."""
-    with said_plainly(path):
+    with readable_os_errors(path):
         sync_to_disk(temporary)
         publish(temporary, path)
 
@@ -141,7 +141,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 def published_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends well and vanishes when it does not."""
     temporary = temporary_beside(path)
-    with said_plainly(path):
+    with readable_os_errors(path):
         empty_folder(temporary)
         try:
             yield temporary

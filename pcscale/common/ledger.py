@@ -1,4 +1,4 @@
-"""What memory is taken for: large tensors are entered where they are born, by component and home.
+"""What memory is taken for: large tensors are entered where they are born, by component and placement.
 
 What is not entered (activations, temporaries, libraries) is the difference to what the process holds (memory/tracker).
 """
@@ -45,23 +45,23 @@ COMPONENTS = (
 is left."""
 
 Key = tuple[str, str]
-"""Home and component."""
+"""Placement and component."""
 
 
 class Listener(Protocol):
     """Who measures."""
 
-    def change(self, moment: str | None) -> None:
-        """Another moment begins; None: none of its own."""
+    def change(self, stage: str | None) -> None:
+        """Take note that another stage begins; None: the phase has none of its own now."""
         ...
 
-    def settle(self) -> None:
-        """Everything that is held now is entered, or the libraries'."""
+    def mark_idle(self) -> None:
+        """Take everything that is held and not entered for the libraries'."""
         ...
 
 
 class Ledger:
-    """Bytes held now by home (`host`, `pinned`, `device`) and component, and the moment of the run.
+    """Bytes held now by placement (`host`, `pinned`, `device`) and component, and the stage of the run.
 
     Thread-safe. Cost: some microseconds an entry.
     """
@@ -69,18 +69,18 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._held: dict[Key, int] = {}
-        self._moments: list[str] = []
+        self._stages: list[str] = []
         self.listener: Listener | None = None
 
-    def enter(self, component: str, home: str, num_bytes: int) -> None:
+    def enter(self, component: str, placement: str, num_bytes: int) -> None:
         """Add to what is held; a negative count takes away."""
         with self._lock:
-            self._held[home, component] = self._held.get((home, component), 0) + num_bytes
+            self._held[placement, component] = self._held.get((placement, component), 0) + num_bytes
 
-    def keep(self, owner: Any, component: str, home: str, num_bytes: int) -> None:
+    def keep(self, owner: Any, component: str, placement: str, num_bytes: int) -> None:
         """Enter what an object holds, until it is gone."""
-        self.enter(component, home, num_bytes)
-        weakref.finalize(owner, self.enter, component, home, -num_bytes)
+        self.enter(component, placement, num_bytes)
+        weakref.finalize(owner, self.enter, component, placement, -num_bytes)
 
     def held(self) -> dict[Key, int]:
         """A copy of what is held now."""
@@ -88,34 +88,34 @@ class Ledger:
             return dict(self._held)
 
     @property
-    def moment(self) -> str | None:
+    def stage(self) -> str | None:
         """The innermost part of the phase that runs now."""
-        return self._moments[-1] if self._moments else None
+        return self._stages[-1] if self._stages else None
 
     @contextmanager
-    def during(self, moment: str) -> Iterator[None]:
+    def during(self, stage: str) -> Iterator[None]:
         """Name what runs in the block, for whoever measures. Called from the main thread."""
-        self._moments.append(moment)
-        self._tell(moment)
+        self._stages.append(stage)
+        self._tell(stage)
         try:
             yield
         finally:
-            self._moments.pop()
-            self._tell(self.moment)
+            self._stages.pop()
+            self._tell(self.stage)
 
-    def _tell(self, moment: str | None) -> None:
+    def _tell(self, stage: str | None) -> None:
         if self.listener is not None:
-            self.listener.change(moment)
+            self.listener.change(stage)
 
-    def settle(self) -> None:
+    def mark_idle(self) -> None:
         """Say that nothing temporary is held: what is not entered are libraries."""
         if self.listener is not None:
-            self.listener.settle()
+            self.listener.mark_idle()
 
 
 ledger = Ledger()
 
 
-def home_of(device: Any) -> str:
-    """The home of a tensor on a torch device: without a GPU the device is the host."""
+def placement_of(device: Any) -> str:
+    """The placement of a tensor on a torch device: without a GPU the device is the host."""
     return "host" if device.type == "cpu" else "device"

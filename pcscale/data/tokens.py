@@ -17,7 +17,7 @@ from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe, documents
-from pcscale.data.token_file import KEY, TOKENIZER, TOKENS_NAME, TRAIN, VALIDATION
+from pcscale.run.token_file import KEY, TOKENIZER, TOKENS_NAME, TRAIN, VALIDATION
 from pcscale.storage.hashing import fingerprint
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader

@@ -9,7 +9,7 @@ from torch import nn
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
 from pcscale.base.weight import FrozenWeight
-from pcscale.common.together import together
+from pcscale.common.ranks import on_every_rank
 from pcscale.common.topology import Group
 from pcscale.storage.reader import TORCH_DTYPES
 
@@ -51,7 +51,7 @@ class ZeroBase(MappedBase):
 
         Raises:
             RequestError: the weight is not finite, or not the one that the run began with.
-            SaidElsewhere: so the first rank says.
+            PeerFailed: so the first rank says.
         """
         return self._gather(name).to("cpu")
 
@@ -78,7 +78,7 @@ class ZeroBase(MappedBase):
 
     def _load(self, name: str) -> nn.Parameter:
         first, entry = self._group.topology.is_first, self._reader.entries[name]
-        values = together(self._group, lambda: self._read(name) if first else None)
+        values = on_every_rank(self._group, lambda: self._read(name) if first else None)
         if values is None:
             values = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         parameter = nn.Parameter(values, requires_grad=False)

@@ -13,7 +13,7 @@ from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.topology import ALONE, Group
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.model.loss import NextTokenLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

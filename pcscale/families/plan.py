@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from pcscale.families import costs
 from pcscale.families.axes import FFN, PROJECTED_AXES, Q_HEADS, RESIDUAL, Sizes
 from pcscale.families.hf_config import compressed_config
 from pcscale.families.spec import Config, Family, Kind, Weight, is_tied, sizes_of
 
-Shapes = tuple[costs.Shape, costs.Shape]
+Shape = tuple[int, int]
+Shapes = tuple[Shape, Shape]
 """Of a matrix: the base's, and the compressed one."""
 
 
@@ -39,25 +39,6 @@ class PlannedWeight:
         return self.is_matrix and self.shape[1] != self.base_shape[1]
 
     @property
-    def trainable(self) -> int:
-        """Values that training changes: D_out, D_in and aux of a matrix; the entries of a norm or bias."""
-        count = math.prod(self.shape)
-        if self.is_matrix:
-            count += self.projects_out * self.shape[0] * self.base_shape[0]
-            count += self.projects_in * self.shape[1] * self.base_shape[1]
-        return count
-
-    @property
-    def compose_flops(self) -> int:
-        """Floating-point operations of one compose with whole projections (method, section 2)."""
-        return costs.compose_flops(*self.shapes) if self.is_matrix else 0
-
-    @property
-    def pull_back_flops(self) -> int:
-        """Operations of one pull-back with whole projections."""
-        return costs.pull_back_flops(*self.shapes) if self.is_matrix else 0
-
-    @property
     def shapes(self) -> Shapes:
         """Both shapes of a matrix."""
         (O, I), (o, i) = self.base_shape, self.shape
@@ -72,6 +53,11 @@ class Plan:
     base_config: Config
     hidden_size: int
     intermediate_size: int
+
+    @classmethod
+    def whole(cls, family: Family, base_config: Config) -> "Plan":
+        """The plan that cuts nothing: the base itself."""
+        return cls(family, base_config, base_config["hidden_size"], base_config["intermediate_size"])
 
     @cached_property
     def config(self) -> Config:
@@ -136,20 +122,6 @@ class Plan:
     @property
     def keep_fraction(self) -> float:
         return self.parameters / self.base_parameters
-
-    @property
-    def trainable(self) -> int:
-        return sum(planned.trainable for planned in self.weights)
-
-    @property
-    def compose_flops(self) -> int:
-        """One compose of every matrix."""
-        return sum(planned.compose_flops for planned in self.weights)
-
-    @property
-    def pull_back_flops(self) -> int:
-        """One pull-back of every matrix."""
-        return sum(planned.pull_back_flops for planned in self.weights)
 
     def train_flops_per_token(self, sequence_length: int) -> int:
         """Forward and backward: 6 a weight that multiplies, and attention's own products at half the square."""

@@ -65,7 +65,7 @@ def plan_keep(family: Family, config: Config, keep: float) -> Plan:
     """The legal widths that keep the share `keep` of the base's real parameters, tied embeddings counted once."""
     if not 0 < keep < 1:
         raise RequestError(f"keep {keep:g} is not a share between 0 and 1. Write 0.5 to keep half of the parameters.")
-    whole = Plan(family, config, config["hidden_size"], config["intermediate_size"])
+    whole = Plan.whole(family, config)
     return plan_parameters(family, config, keep * whole.base_parameters, f"keep {keep:g}")
 
 
@@ -105,7 +105,7 @@ def plan_parameters(family: Family, config: Config, target: float, wanted: str) 
 
 def _parameter_count(family: Family, config: Config) -> Callable[[int, int], int]:
     """Parameters as a function of the two widths, from one pass over the family's table."""
-    plan = Plan(family, config, config["hidden_size"], config["intermediate_size"])
+    plan = Plan.whole(family, config)
     fixed: dict[tuple[int, int], int] = {}
     for planned in plan.weights:
         axes = [axis.value for axis in planned.weight.axes]

@@ -18,10 +18,10 @@ import torch
 
 from pcscale.base.weight import FrozenWeight, encode_weight
 from pcscale.common.console import Tracker, console
-from pcscale.common.files import said_plainly
+from pcscale.common.files import readable_os_errors
+from pcscale.common.sizes import QUANTISED_BLOCK
 from pcscale.memory.hardware import HOST_RANK_BANDWIDTH, RECORD_FORMATS, Dtype, Hardware
 from pcscale.projection.adamw import AdamW, update
-from pcscale.projection.layout import QUANTISED_BLOCK
 from pcscale.projection.record import Moment, Trained
 from pcscale.projection.sweep import tf32_products
 from pcscale.storage.blockwise import Blockwise
@@ -203,7 +203,7 @@ def _disk_bandwidths(scratch: Path, progress: Tracker) -> tuple[float, float]:
     """Bytes a second of reading, from the disk itself where the system can forget a file, and of writing, synced."""
     path = scratch / ".pcscale-disk-probe"
     block = memoryview(os.urandom(2**22))
-    with said_plainly(path):
+    with readable_os_errors(path):
         scratch.mkdir(parents=True, exist_ok=True)
         try:
             write_seconds = _median_seconds(lambda: _write(path, block), torch.device("cpu"))

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pcscale.common import ledger
+from pcscale.common.sizes import CACHED_SEQUENCE_BYTES, HIDDEN_BUDGET_BYTES
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import RunConfig
 from pcscale.families.axes import FFN, RESIDUAL, VOCAB
-from pcscale.families.costs import visit_flops
 from pcscale.families.plan import Plan, Shapes
 from pcscale.memory import working
 from pcscale.memory.place import FLOAT_BYTES, GATHERED, Part, Parts, Place
+from pcscale.projection.costs import visit_flops
 from pcscale.projection.layout import AHEAD, RecordFormat, overlap_bytes, record_layout
 from pcscale.projection.owners import rounds
 
@@ -40,8 +41,6 @@ PIECES_SHARE, SMALL_PIECES_SHARE = 0.34, 0.62
 the same host."""
 BIRTH_BYTES = 192 * MIB
 """The same of what gradients that are born in a step of one micro batch leave to the sweep."""
-PLACE_BYTES = 180
-"""Of a sequence's place in a teacher's cache, with its key: counted in tests/training/test_cached_teacher.py."""
 DEVICE_SLACK = 0.05
 """What a GPU's caching allocator loses between blocks, as a share of activations and temporaries. Assumed."""
 
@@ -239,7 +238,7 @@ def _held(plan: Plan, config: RunConfig, place: Place) -> Parts:
         held[ledger.TEACHER] = Part("device", plan.base_sizes[VOCAB] * plan.base_sizes[RESIDUAL] * value)
     if config.distill is not None and config.distill.cache is not None:
         trained_on = config.max_steps * config.sequences_per_step * place.ranks
-        held[ledger.TEACHER] = Part("host", PLACE_BYTES * trained_on)
+        held[ledger.TEACHER] = Part("host", CACHED_SEQUENCE_BYTES * trained_on)
     held[ledger.DIRECT] = Part("device", direct * copies * FLOAT_BYTES)
     if config.method != "projected":
         return held
@@ -334,7 +333,7 @@ def _base_pass(plan: Plan, config: RunConfig, place: Place, phase: str) -> Parts
     """One layer-major pass: a layer, one batch going through it, and the hidden states that wait on the host."""
     value = 2 if place.on_gpu and config.bf16 else FLOAT_BYTES
     tokens = {"calibrate": config.calibration_tokens, "teach": config.tokens_per_step}.get(phase, config.eval_tokens)
-    hidden = min(working.HIDDEN_BUDGET_BYTES, tokens * plan.base_sizes[RESIDUAL] * value)
+    hidden = min(HIDDEN_BUDGET_BYTES, tokens * plan.base_sizes[RESIDUAL] * value)
     layer = plan.base_layer_values * value
     mapped = not place.on_gpu and working.stored_bytes(plan.base_config) == value
     return {

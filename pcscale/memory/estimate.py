@@ -8,13 +8,13 @@ from typing import Any
 
 from pcscale.common import ledger
 from pcscale.config.schema import RunConfig
-from pcscale.families.costs import compose_flops, pull_back_flops
 from pcscale.families.plan import Plan
 from pcscale.memory import components, working
 from pcscale.memory.components import record_format
 from pcscale.memory.hardware import Hardware
 from pcscale.memory.place import FLOAT_BYTES, Part, Parts, Place
 from pcscale.memory.step_time import step_seconds
+from pcscale.projection.costs import sweep_flops
 from pcscale.projection.layout import record_bytes, trainable_values
 
 PHASES = ("calibrate", "train", "merge", "evaluate")
@@ -183,7 +183,7 @@ def plan_document(
         for name in dict.fromkeys(name for parts in moments.values() for name in parts)
     }
     values = sum(trainable_values(planned, config.rank if projected else None) for planned in plan.weights)
-    shapes = [(planned.shapes, count) for planned, count in plan.alike] if projected else []
+    compose, pull_back = sweep_flops(plan, config.product_rank)
     zero_stage = place.zero.stage if place.zero else 0
     return {
         "base": {
@@ -203,8 +203,8 @@ def plan_document(
             "bytes": checkpoint_bytes(plan, config),
         },
         "flops": {
-            "compose_per_step": sum(compose_flops(*pair, config.product_rank) * count for pair, count in shapes),
-            "pull_back_per_step": sum(pull_back_flops(*pair, config.product_rank) * count for pair, count in shapes),
+            "compose_per_step": compose * projected,
+            "pull_back_per_step": pull_back * projected,
             "train_per_token": plan.train_flops_per_token(config.sequence_length),
         },
         "moved": moved_bytes(plan, config, place),

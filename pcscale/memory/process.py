@@ -1,7 +1,5 @@
-"""What this process holds, as the system tells it, and giving back what the allocator keeps."""
+"""What this process holds, as the system tells it."""
 
-import ctypes
-import gc
 import re
 import threading
 from functools import cache
@@ -12,7 +10,6 @@ from typing import Any
 import psutil
 
 from pcscale.common.console import console
-from pcscale.common.ledger import ledger
 
 _STATUS = Path("/proc/self/status")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -68,29 +65,6 @@ def written_bytes() -> int:
     # A kernel that does not count, a sandbox that hides the file, or psutil without it (NotImplementedError).
     except (psutil.Error, OSError, AttributeError, NotImplementedError):
         return 0
-
-
-def trim() -> None:
-    """Give memory that is free inside the C library's allocator back to the system: it keeps gigabytes of tensors."""
-    trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim_heap is not None:
-        trim_heap(0)
-
-
-def release_freed() -> None:
-    """Collect garbage, and give what is free back to the system."""
-    gc.collect()
-    trim()
-
-
-def settle(device: Any) -> None:
-    """Between two moments on a torch device, when nothing temporary is held: what was freed goes back to the system.
-
-    Where the host computes, activations that the allocator keeps would otherwise be beside what comes next.
-    """
-    if device.type == "cpu":
-        trim()
-    ledger.settle()
 
 
 class AnonymousPeak:

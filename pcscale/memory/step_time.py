@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from pcscale.common.sizes import LOGIT_CHUNK_VALUES
 from pcscale.config.schema import RunConfig
 from pcscale.families.axes import Q_HEADS, RESIDUAL, VOCAB
-from pcscale.families.costs import visit_flops
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.spec import Kind
 from pcscale.memory.components import record_format
 from pcscale.memory.hardware import Dtype, Hardware
-from pcscale.memory.working import LOGIT_CHUNK_VALUES, kept_base_bytes, stored_bytes, taught_bytes
+from pcscale.memory.working import kept_base_bytes, stored_bytes, taught_bytes
+from pcscale.projection.costs import visit_flops
 from pcscale.projection.layout import AUX, RecordFormat, record_bytes, trainable_values, value_shapes
 from pcscale.projection.owners import rounds
 

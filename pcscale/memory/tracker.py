@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pcscale.common.allocator import trim_heap
 from pcscale.common.ledger import CONTEXT, LIBRARIES, WORKING, ledger
-from pcscale.memory.process import anonymous_bytes, file_bytes, trim, unique_bytes, written_bytes
+from pcscale.memory.process import anonymous_bytes, file_bytes, unique_bytes, written_bytes
 from pcscale.memory.series import Sample, Series
 from pcscale.memory.watchdog import Watchdog
 
@@ -99,8 +100,8 @@ class Tracker:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure the block as a phase."""
-        trim()
-        self.settle()
+        trim_heap()
+        self.mark_idle()
         usage = self.phases.setdefault(name, Usage())
         self._phase, self._moment, self._written = name, None, written_bytes()
         started = self._moment_began = time.monotonic()
@@ -124,15 +125,15 @@ class Tracker:
         while not stop.wait(INTERVAL_SECONDS):
             self._sample()
 
-    def settle(self) -> None:
+    def mark_idle(self) -> None:
         """Take what nobody has entered for the libraries'."""
         entered = sum(num_bytes for (home, _), num_bytes in ledger.held().items() if home != "device")
         with self._lock:
             self._libraries = max(0, anonymous_bytes() - entered)
             self._context = _context_bytes()
 
-    def change(self, moment: str | None) -> None:
-        """Close the moment that ends here; on the thread that does the work."""
+    def change(self, stage: str | None) -> None:
+        """Close the stage that ends here; on the thread that does the work."""
         assert self._phase is not None
         self._sample()
         now, written = time.monotonic(), written_bytes()
@@ -146,7 +147,7 @@ class Tracker:
             if current is not None:
                 current.seconds += now - self._moment_began
                 current.written += written - self._written
-            self._moment, self._moment_began, self._written = moment, now, written
+            self._moment, self._moment_began, self._written = stage, now, written
             _reset_device_peak()
 
     def _of_moment(self, usage: Usage) -> Usage | None:

@@ -3,23 +3,22 @@
 import math
 from functools import lru_cache
 
+from pcscale.common.sizes import (
+    CACHED_PROBABILITY_BYTES,
+    HIDDEN_BUDGET_BYTES,
+    LOGIT_CHUNK_VALUES,
+    MERGE_BLOCK,
+    QUANTISED_BLOCK,
+    token_bytes,
+)
 from pcscale.config.schema import RunConfig
 from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VOCAB, Sizes
-from pcscale.families.costs import Shape, out_side_first
 from pcscale.families.hf_config import stored_dtype
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.spec import Config, Kind
 from pcscale.memory.place import FLOAT_BYTES
-from pcscale.projection.layout import QUANTISED_BLOCK, RecordFormat, row_blocks
-
-LOGIT_CHUNK_VALUES = 2**23
-"""compressed/loss.py and base/forward.py: logits that exist at a time."""
-HIDDEN_BUDGET_BYTES = 2**29
-"""base/forward.py: hidden states that wait at a time."""
-CACHED_BYTES = 2
-"""training/teacher_cache.py: of a probability."""
-MERGE_BLOCK = 1024
-"""Rows or columns that a merge composes at a time, whatever the matrix's size."""
+from pcscale.projection.costs import Shape, out_side_first
+from pcscale.projection.layout import RecordFormat, row_blocks
 
 
 def stored_bytes(base_config: Config) -> int:
@@ -45,18 +44,13 @@ def taught_bytes(plan: Plan, config: RunConfig, value: int) -> int:
         return 0
     sizes, top_k = plan.base_sizes, config.distill.top_k
     if config.distill.cache is not None and top_k is not None:
-        return config.tokens_per_step * top_k * (CACHED_BYTES + token_bytes(sizes[VOCAB]))
+        return config.tokens_per_step * top_k * (CACHED_PROBABILITY_BYTES + token_bytes(sizes[VOCAB]))
     batches = max(1, HIDDEN_BUDGET_BYTES // (micro_batch_tokens(config) * sizes[RESIDUAL] * value))
     passes = -(-config.gradient_accumulation_steps // batches)
     # Of the embedding only rows are looked up; where the whole distribution counts, the head stays on the device.
     left_out = (not plan.tied) + (top_k is None)
     values = plan.base_parameters - left_out * sizes[VOCAB] * sizes[RESIDUAL]
     return passes * values * stored_bytes(plan.base_config)
-
-
-def token_bytes(vocab_size: int) -> int:
-    """Of a token id in a cache."""
-    return 2 if vocab_size <= 2**16 else 4
 
 
 def micro_batch_tokens(config: RunConfig) -> int:

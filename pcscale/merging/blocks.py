@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 
 from pcscale.base.weight import FrozenWeight
-from pcscale.families.costs import out_side_first
-from pcscale.memory.working import MERGE_BLOCK
+from pcscale.common.sizes import MERGE_BLOCK
 from pcscale.projection.algebra import Projection, Side
+from pcscale.projection.costs import out_side_first
 
 
 def blocks(size: int) -> Iterator[slice]:

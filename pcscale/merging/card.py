@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from pcscale.checkpoint.manifest import TRAINER_NAME, Manifest
 from pcscale.common.files import read_json, write_text
 from pcscale.common.units import format_count
+from pcscale.run.manifest import TRAINER_NAME, Manifest
 
 
 def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Path) -> None:

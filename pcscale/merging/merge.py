@@ -17,17 +17,16 @@ from pathlib import Path
 
 import torch
 
-from pcscale.base.int8 import CACHE_NAME, Int8Base
+from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight
-from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError, RunError
 from pcscale.common.files import (
     TEMPORARY_PREFIX,
     publish,
     read_json,
-    said_plainly,
+    readable_os_errors,
     sync_to_disk,
     temporary_beside,
     write_json,
@@ -43,6 +42,8 @@ from pcscale.merging.layout import Shard, lay_out, tensor_bytes
 from pcscale.projection.layout import value_shapes
 from pcscale.projection.persist import direct_name, read_fixed, rotates
 from pcscale.projection.record import FixedSides, FixedTensors, projection_of
+from pcscale.run.folder import BASE_CACHE_NAME
+from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.index import INDEX_NAME, SINGLE_NAME, read_header
 from pcscale.storage.reader import TORCH_DTYPES, TensorReader
@@ -192,12 +193,12 @@ def trained_weights(
     if not manifest.coded_fingerprints:
         yield base
         return
-    cache = checkpoint.resolve().parent.parent / CACHE_NAME
+    cache = checkpoint.resolve().parent.parent / BASE_CACHE_NAME
     if cache.exists():
         yield Int8Base(base, cache, manifest.coded_fingerprints)
         return
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}base-", dir=beside.resolve().parent) as scratch:
-        yield Int8Base(base, Path(scratch) / CACHE_NAME, manifest.coded_fingerprints)
+        yield Int8Base(base, Path(scratch) / BASE_CACHE_NAME, manifest.coded_fingerprints)
 
 
 def _output_dtypes(source: _Source, dtype: str | None) -> dict[str, torch.dtype]:
@@ -220,7 +221,7 @@ def _write_folder(
         "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
         "shards": {shard.name: [planned.name for planned in shard.weights] for shard in shards},
     }
-    with said_plainly(output):
+    with readable_os_errors(output):
         done = _finished_shards(staging, key) if resume else {}
         if not done:
             shutil.rmtree(staging, ignore_errors=True)

@@ -12,17 +12,17 @@ from torch import nn
 
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
-from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
-from pcscale.compressed.model import build_compressed, load_stock
 from pcscale.families.hf_config import read_config, stored_dtype
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.merging.merge import trained_weights
+from pcscale.model.compressed import build_compressed, load_stock
 from pcscale.projection import algebra
 from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, RecordFormat
 from pcscale.projection.persist import UPDATES, direct_name, read_fixed
 from pcscale.projection.record import FixedSide, FixedSides, MatrixRecord, Moment, Trained
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.blockwise import Blockwise
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader

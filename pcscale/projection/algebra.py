@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pcscale.families.costs import out_side_first
+from pcscale.projection.costs import out_side_first
 
 Factors = tuple[torch.Tensor, ...]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pcscale.common.errors import RequestError
-from pcscale.common.ledger import GRADIENTS, home_of, ledger
+from pcscale.common.ledger import GRADIENTS, ledger, placement_of
 from pcscale.storage.host_memory import HostBytes
 
 GRADIENT_HOMES = ("device", "cpu")
@@ -45,7 +45,7 @@ class Accumulated:
         """Say that a gradient is there, until all are cleared."""
         gradient = self.of(parameter)
         if id(parameter) not in self._entered and gradient is not None:
-            self._entered[id(parameter)] = (home_of(gradient.device), gradient.numel() * gradient.element_size())
+            self._entered[id(parameter)] = (placement_of(gradient.device), gradient.numel() * gradient.element_size())
             ledger.enter(GRADIENTS, *self._entered[id(parameter)])
 
     def hold(self) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pcscale.common.ledger import MOMENTS, RECORD_BUFFERS, RECORDS, home_of, ledger
+from pcscale.common.ledger import MOMENTS, RECORD_BUFFERS, RECORDS, ledger, placement_of
 from pcscale.common.units import aligned
 from pcscale.projection.layout import TensorSpec
 from pcscale.projection.record import views_of
@@ -68,7 +68,7 @@ class DeviceHome:
 
     def __init__(self, layouts: Layouts, device: torch.device) -> None:
         self._layouts = layouts
-        enter_records(self, layouts, home_of(device))
+        enter_records(self, layouts, placement_of(device))
         self._buffers = {
             name: torch.zeros(record_size(layout), dtype=torch.uint8, device=device) for name, layout in layouts.items()
         }
@@ -101,7 +101,7 @@ class HostHome:
         self._buffers = {name: places.take(record_size(layout)) for name, layout in layouts.items()}
         self._working = Arena(torch.zeros(device_bytes, dtype=torch.uint8, device=device))
         self._traffic = traffic
-        ledger.keep(self, RECORD_BUFFERS, home_of(device), device_bytes)
+        ledger.keep(self, RECORD_BUFFERS, placement_of(device), device_bytes)
 
     def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         _fill(self._buffers[name], self._layouts[name], tensors)

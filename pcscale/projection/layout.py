@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pcscale.common.errors import RequestError
+from pcscale.common.sizes import QUANTISED_BLOCK
 from pcscale.common.units import aligned
 from pcscale.families.plan import PlannedWeight
 from pcscale.storage.index import ITEM_BYTES
@@ -21,8 +22,6 @@ AUX = "aux"
 AUX_START = "aux_start"
 DELTA_OUT, DELTA_IN = ("delta_out", "delta_out_u", "delta_out_v"), ("delta_in", "delta_in_u", "delta_in_v")
 """The trainable values of a projection: D whole, or its factors U (on the base's axis) and V (on the other)."""
-QUANTISED_BLOCK = 256
-"""Values that share one scale."""
 MIN_8BIT_VALUES = 4096
 """Tensors with fewer keep moments in 32 bits, as bitsandbytes documents of its `min_8bit_size`."""
 ROW_BLOCK = 4096

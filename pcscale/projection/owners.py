@@ -7,8 +7,8 @@ The sweep goes in rounds of one matrix per owner, so that all ranks fetch, compu
 from collections.abc import Mapping, Sequence
 
 from pcscale.common.topology import Topology
-from pcscale.families.costs import visit_flops
 from pcscale.families.plan import PlannedWeight
+from pcscale.projection.costs import visit_flops
 
 Round = tuple[str | None, ...]
 """By rank, the matrix that it works on; None: it has none left."""

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.errors import RequestError
 from pcscale.families.axes import RESIDUAL
 from pcscale.projection.record import FixedTensors, basis_name
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import DTYPE_NAMES, TensorReader
 from pcscale.storage.writer import write_tensors

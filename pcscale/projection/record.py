@@ -15,18 +15,15 @@ from pcscale.projection.layout import (
     DELTA_IN,
     DELTA_OUT,
     MOMENTS,
-    QUANTISED_BLOCK,
     TensorSpec,
 )
-from pcscale.storage.blockwise import BLOCK, Blockwise
+from pcscale.storage.blockwise import Blockwise
 from pcscale.storage.reader import TORCH_DTYPES
 
 Moment = torch.Tensor | Blockwise
 FixedTensors = dict[str, torch.Tensor]
 """What S is made of, for all matrices: kept indices by axis and layer (`residual`, `ffn.<layer>`), and of a rotated
 axis its basis and the scales that norms give it."""
-
-assert QUANTISED_BLOCK == BLOCK
 
 
 @dataclass

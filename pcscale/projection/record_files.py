@@ -10,8 +10,8 @@ from typing import BinaryIO
 import torch
 
 from pcscale.common.errors import RunError
-from pcscale.common.files import TEMPORARY_PREFIX, link_or_copy, said_plainly, sync_to_disk, temporary_beside
-from pcscale.common.ledger import PINNED_BUFFERS, RECORD_BUFFERS, home_of, ledger
+from pcscale.common.files import TEMPORARY_PREFIX, link_or_copy, readable_os_errors, sync_to_disk, temporary_beside
+from pcscale.common.ledger import PINNED_BUFFERS, RECORD_BUFFERS, ledger, placement_of
 from pcscale.common.units import format_bytes
 from pcscale.projection.homes import Layouts, Traffic, copy_bytes, given_back, record_size
 from pcscale.projection.layout import TensorSpec
@@ -65,7 +65,7 @@ class DiskHome:
         self._traffic = traffic
         self._spares: dict[int, Path] = {}
         """Files of former records by their length: at most one of each, since only one record is written at a time."""
-        with said_plainly(folder):
+        with readable_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
                 leftover.unlink()
@@ -79,7 +79,7 @@ class DiskHome:
         self._working = Arena(
             torch.zeros(staging_bytes if device.type == "cpu" else device_bytes, dtype=torch.uint8, device=device)
         )
-        ledger.keep(self, RECORD_BUFFERS, home_of(device), self._working.num_bytes)
+        ledger.keep(self, RECORD_BUFFERS, placement_of(device), self._working.num_bytes)
 
     def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         header = self._headers[name]
@@ -152,7 +152,7 @@ class DiskHome:
         """A file, in the place of a spare one of the same length where there is one, that becomes the record."""
         path = self._path(name)
         temporary, spare = temporary_beside(path), self._spares.pop(self._file_bytes(name), None)
-        with said_plainly(path):
+        with readable_os_errors(path):
             try:
                 if spare is not None:
                     spare.rename(temporary)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pcscale.calibration.score import ReadTensor, Scores
+from pcscale.calibration.select import select
+from pcscale.calibration.statistics import SECOND_MOMENT, dropped_of, energy_name, rebuild
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import REBUILDING_STARTS
 from pcscale.families.axes import RESIDUAL
 from pcscale.families.plan import Plan, PlannedWeight, kept_name
 from pcscale.families.spec import Kind
-from pcscale.importance.score import ReadTensor, Scores
-from pcscale.importance.select import select
-from pcscale.importance.statistics import SECOND_MOMENT, dropped_of, energy_name, rebuild
 from pcscale.projection.layout import DELTA_IN, DELTA_OUT, row_blocks, value_shapes
 from pcscale.projection.record import FixedSides, FixedTensors, basis_name, scale_name
 from pcscale.projection.rounding import NoiseKey
@@ -138,7 +138,7 @@ def make_start(
     """The start of that name.
 
     Args:
-        scores: with what calibration leaves beside them (importance/statistics.py).
+        scores: with what calibration leaves beside them (calibration/statistics.py).
         read: gives a base weight as it is stored.
         rebuilt: of dropped ffn channels, by set of kept indices, as `read_rebuilt` gives them; only a start with
             `least_squares` in its name takes them. Empty: they are added later.

@@ -18,7 +18,7 @@ from torch import nn
 
 from pcscale.base.weight import FrozenWeight
 from pcscale.common.errors import RequestError
-from pcscale.common.ledger import DIRECT, ROTATION, home_of, ledger
+from pcscale.common.ledger import DIRECT, ROTATION, ledger, placement_of
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
@@ -126,7 +126,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         )
         self._position = {planned.name: position for position, planned in enumerate(projected)}
         """Of every projected matrix, whoever owns it."""
-        ledger.keep(self, ROTATION, home_of(self.engine.device), _dense_bytes(self.records.fixed))
+        ledger.keep(self, ROTATION, placement_of(self.engine.device), _dense_bytes(self.records.fixed))
         for planned in projected:
             self._create(planned, start)
         self.direct: dict[str, Trained] = {}
@@ -142,7 +142,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
             role = "projected" if planned.name in self._position else "matrices" if planned.is_matrix else "vectors"
             self._role[planned.name] = role
             groups[role].append(parameters[planned.name])
-        ledger.keep(self, DIRECT, home_of(self.engine.device), self._direct_bytes())
+        ledger.keep(self, DIRECT, placement_of(self.engine.device), self._direct_bytes())
         decay = {"projected": weight_decay, "matrices": weight_decay, "vectors": 0.0}
         aux_ratio = 1.0 if aux_lr is None else aux_lr / lr
         super().__init__(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pcscale.common.files import said_plainly, write_bytes, write_json, write_text
+from pcscale.common.files import readable_os_errors, write_bytes, write_json, write_text
 from pcscale.reporting import side_by_side
 from pcscale.reporting.drawing import png
 from pcscale.reporting.page import render_page
@@ -25,7 +25,7 @@ def write_report(run: Path) -> dict[str, Any]:
     images = {name: png(figure) for name, figure in figures(data)}
     for name in PLOTS:
         path = run / "plots" / f"{name}.png"
-        with said_plainly(path):
+        with readable_os_errors(path):
             if name in images:
                 path.parent.mkdir(exist_ok=True)
                 write_bytes(path, images[name])

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
-from pcscale.data.token_file import TokenFile, read_token_file, sequences_fingerprint
 from pcscale.reporting.run_data import RunData
+from pcscale.run.token_file import TokenFile, read_token_file, sequences_fingerprint
 
 
 def check_same_data(runs: Sequence[RunData]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from pcscale.common.errors import RequestError
+from pcscale.common.sizes import QUANTISED_BLOCK
 
-BLOCK = 256
 _HALVES = 2**16
 _DECADES = 7
 
@@ -40,14 +40,18 @@ class Blockwise:
 
     def part(self, start: int, stop: int) -> "Blockwise":
         """The values from `start`, a multiple of 256, up to `stop` of the flat codes."""
-        assert start % BLOCK == 0
-        return Blockwise(self.codes.view(-1)[start:stop], self.absmax[start // BLOCK : -(-stop // BLOCK)], self.signed)
+        assert start % QUANTISED_BLOCK == 0
+        return Blockwise(
+            self.codes.view(-1)[start:stop],
+            self.absmax[start // QUANTISED_BLOCK : -(-stop // QUANTISED_BLOCK)],
+            self.signed,
+        )
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values, in the shape of the codes, newly allocated."""
         code = _code(self.signed, self.codes.device)
         # bitsandbytes reads the scales by address, whatever their strides are.
-        return _operations().dequantize_blockwise(self.codes, self.absmax.contiguous(), code, BLOCK, dtype)
+        return _operations().dequantize_blockwise(self.codes, self.absmax.contiguous(), code, QUANTISED_BLOCK, dtype)
 
     def encode(self, values: torch.Tensor) -> None:
         """Code float32 values of the same shape in place of the old ones."""
@@ -59,19 +63,19 @@ class Blockwise:
     def encode_by_search(self, values: torch.Tensor) -> None:
         """The same by bitsandbytes' own search: slow on a processor, for what is coded once."""
         code = _code(self.signed, values.device)
-        codes, absmax = _operations().quantize_blockwise(values, code, BLOCK)
+        codes, absmax = _operations().quantize_blockwise(values, code, QUANTISED_BLOCK)
         self.codes.copy_(codes if self.signed else codes.clamp_(min=1))
         self.absmax.copy_(absmax)
 
     def _encode_by_table(self, values: torch.Tensor) -> None:
         flat, codes = values.reshape(-1), self.codes.view(-1)
-        whole = flat.numel() // BLOCK * BLOCK
+        whole = flat.numel() // QUANTISED_BLOCK * QUANTISED_BLOCK
         for part in (slice(0, whole), slice(whole, None)):
-            blocks = flat[part].view(-1, BLOCK if part.stop == whole else max(flat.numel() - whole, 1))
+            blocks = flat[part].view(-1, QUANTISED_BLOCK if part.stop == whole else max(flat.numel() - whole, 1))
             if not blocks.numel():
                 continue
             scaled = blocks.abs()
-            absmax = self.absmax[part.start // BLOCK :][: len(blocks)]
+            absmax = self.absmax[part.start // QUANTISED_BLOCK :][: len(blocks)]
             torch.amax(scaled, 1, out=absmax)
             # A denormal scale could not be divided by; what is that small is zero.
             torch.div(blocks, absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None], out=scaled)

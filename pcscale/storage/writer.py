@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from pcscale.common.files import publish, said_plainly, temporary_beside
+from pcscale.common.files import publish, readable_os_errors, temporary_beside
 from pcscale.storage.hashing import fingerprint
 from pcscale.storage.reader import DTYPE_NAMES
 
@@ -55,7 +55,7 @@ class ShardWriter:
         self.num_bytes = len(self._header) + offset
 
     def __enter__(self) -> "ShardWriter":
-        with said_plainly(self.path):
+        with readable_os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
@@ -86,7 +86,7 @@ class ShardWriter:
         if kind is not None:
             self._discard()
             return
-        with said_plainly(self.path):
+        with readable_os_errors(self.path):
             try:
                 os.fsync(self._handle)
                 publish(self._temporary, self.path)

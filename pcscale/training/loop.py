@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from pcscale.base.mapped import MappedBase
+from pcscale.common.allocator import release_between_stages
 from pcscale.common.console import console
 from pcscale.common.errors import Interrupted, RunError
-from pcscale.common.files import said_plainly
+from pcscale.common.files import readable_os_errors
 from pcscale.common.ledger import ledger
-from pcscale.common.together import together
+from pcscale.common.ranks import on_every_rank
 from pcscale.common.topology import Group
 from pcscale.config.schema import RunConfig
 from pcscale.data.loader import step_batches
 from pcscale.evaluation.perplexity import mean_loss
-from pcscale.memory.process import settle
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.folder import RunFolder
+from pcscale.run.folder import RunFolder
 from pcscale.training.interrupt import StopRequest
 from pcscale.training.schedule import rate_factor
 from pcscale.training.state import TrainingState, save_checkpoint
@@ -88,12 +88,12 @@ def train(training: Training) -> None:
                 log(row)
                 _stop_if_hopeless(training)
 
-            together(group, finish_step)  # A full disk under metrics.jsonl is the first rank's, and ends all.
+            on_every_rank(group, finish_step)  # A full disk under metrics.jsonl is the first rank's, and ends all.
             last, stopping = state.step == config.max_steps, group.sum([float(stop.asked)])[0] > 0
             if last or stopping or state.step % config.save_steps == 0:
                 _save(training)
             if stopping:
-                together(group, lambda: _interrupt(training))
+                on_every_rank(group, lambda: _interrupt(training))
 
 
 @contextmanager
@@ -105,12 +105,12 @@ def _metrics(training: Training) -> Iterator[Callable[[dict[str, Any]], None]]:
     path = training.folder.metrics
     with (
         open_trackers(training.config, training.folder.path) as trackers,
-        said_plainly(path),
+        readable_os_errors(path),
         path.open("a", encoding="utf-8") as metrics,
     ):
 
         def log(row: dict[str, Any]) -> None:
-            with said_plainly(path):
+            with readable_os_errors(path):
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
             trackers.log(row)
@@ -169,7 +169,7 @@ def evaluate_now(training: Training, label: str = "evaluate") -> float:
     batch, device = training.config.per_device_train_batch_size, training.optimizer.engine.device
     with ledger.during("evaluate"):
         loss = mean_loss(training.loss_module, training.validation_MT, batch, label, device, training.group)
-    settle(device)
+    release_between_stages(device)
     return loss
 
 

@@ -9,15 +9,22 @@ from typing import Any
 import torch
 
 from pcscale.base.mapped import MappedBase
-from pcscale.checkpoint.manifest import TRAINER_NAME, Manifest
 from pcscale.common.errors import RequestError
-from pcscale.common.files import empty_folder, publish_folder, read_json, said_plainly, temporary_beside, write_json
-from pcscale.common.together import together
+from pcscale.common.files import (
+    empty_folder,
+    publish_folder,
+    read_json,
+    readable_os_errors,
+    temporary_beside,
+    write_json,
+)
+from pcscale.common.ranks import on_every_rank
 from pcscale.common.topology import ALONE, Group
 from pcscale.config.schema import RunConfig
 from pcscale.families.plan import Plan
 from pcscale.projection.persist import read_state, write_outer, write_records
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.run.manifest import TRAINER_NAME, Manifest
 
 
 @dataclass
@@ -97,10 +104,10 @@ def save_state(
         publish_folder(temporary, folder)
 
     try:
-        with said_plainly(folder):
-            together(group, lambda: empty_folder(temporary) if first else None)
-            records = group.gather(together(group, lambda: write_records(optimizer, temporary)))
-            together(group, lambda: finish(records) if first else None)
+        with readable_os_errors(folder):
+            on_every_rank(group, lambda: empty_folder(temporary) if first else None)
+            records = group.gather(on_every_rank(group, lambda: write_records(optimizer, temporary)))
+            on_every_rank(group, lambda: finish(records) if first else None)
     except BaseException:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)

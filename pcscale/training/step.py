@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pcscale.common.allocator import release_between_stages
 from pcscale.common.ledger import ledger
-from pcscale.memory.process import settle
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.teacher import AnyTeacher
 
@@ -52,7 +52,7 @@ def training_step(
     if teacher is not None:
         with ledger.during("teach"):
             said = teacher.says(batches)
-        settle(engine.device)
+        release_between_stages(engine.device)
     for position, ids_BT in enumerate(batches):
         with ledger.during("forward"):
             loss = loss_module(ids_BT.to(engine.device), *(values.to(engine.device) for values in said[position]))
@@ -62,7 +62,7 @@ def training_step(
         total += loss.detach() / accumulation
         del loss
         # Else holes between freed activations grow with every micro batch.
-        settle(engine.device)
+        release_between_stages(engine.device)
     mean = engine.mean(total)
     with ledger.during("sweep"):
         grad_norm = optimizer.clip_grad_norm_(max_grad_norm)
@@ -70,5 +70,5 @@ def training_step(
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=accumulation == 1)
-    settle(engine.device)
+    release_between_stages(engine.device)
     return StepResult(mean, grad_norm.item(), skipped)

@@ -10,12 +10,12 @@ from pcscale.base.forward import LayerMajorModel
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
-from pcscale.common.ledger import TEACHER, home_of, ledger
+from pcscale.common.ledger import TEACHER, ledger, placement_of
+from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
 from pcscale.common.topology import Topology
-from pcscale.compressed.loss import Distillation
 from pcscale.config.schema import DistillConfig, RunConfig
 from pcscale.data.loader import sequences_seen
-from pcscale.memory.components import PLACE_BYTES
+from pcscale.model.loss import Distillation
 from pcscale.training.teacher_cache import Place, TeacherCache, sequence_key
 
 
@@ -36,7 +36,7 @@ class Teacher:
         self._model, self._settings = LayerMajorModel(base, device, dtype), settings
         head_VH = self._model.head() if settings.top_k is None else None
         if head_VH is not None:
-            ledger.keep(self, TEACHER, home_of(device), head_VH.nbytes)
+            ledger.keep(self, TEACHER, placement_of(device), head_VH.nbytes)
         self.distillation = Distillation(settings.weight, settings.temperature, head_VH)
 
     @property
@@ -88,7 +88,7 @@ class CachedTeacher:
                 f"distill.cache {cache.folder} lacks {missing:,} of the {len(self._places):,} sequences that this run "
                 f"trains on. Add them: {more}"
             )
-        ledger.keep(self, TEACHER, "host", PLACE_BYTES * len(self._places))
+        ledger.keep(self, TEACHER, "host", CACHED_SEQUENCE_BYTES * len(self._places))
         self.distillation = Distillation(settings.weight, settings.temperature)
         self.read_bytes = 0
 

@@ -19,12 +19,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pcscale.base.mapped import MappedBase
-from pcscale.checkpoint.manifest import Manifest
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json, write_json
+from pcscale.common.sizes import token_bytes
 from pcscale.config.schema import RunConfig
-from pcscale.memory.working import token_bytes
+from pcscale.run.manifest import Manifest
 from pcscale.storage.hashing import fingerprint, fingerprint_file
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TensorReader

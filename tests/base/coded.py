@@ -6,7 +6,8 @@ import bitsandbytes.functional
 import pytest
 import torch
 
-from pcscale.base.int8 import CACHE_NAME, Int8Base
+from pcscale.base.int8 import Int8Base
+from pcscale.run.folder import BASE_CACHE_NAME
 from tests.projection.parts import Compression, open_base
 from tests.tiny import build_base
 
@@ -30,7 +31,7 @@ def compression(folder: Path) -> Compression:
 @pytest.fixture(scope="package")
 def coded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Int8Base:
     """Read only; copy its cache to change it."""
-    return Int8Base(open_base(folder), tmp_path_factory.mktemp("coded") / CACHE_NAME)
+    return Int8Base(open_base(folder), tmp_path_factory.mktemp("coded") / BASE_CACHE_NAME)
 
 
 def seen_by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_heads_in_blocks_give_the_losses_of_the_whole(
 ) -> None:
     base, batches = open_base(tiny_base("qwen2", False)), token_batches(2)
     predicted = batches[0].shape[0] * (batches[0].shape[1] - 1)
-    monkeypatch.setattr(forward, "LOGIT_BLOCK_VALUES", rows * predicted)
+    monkeypatch.setattr(forward, "LOGIT_CHUNK_VALUES", rows * predicted)
     largest, original = [0], F.linear
 
     def linear(input: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:

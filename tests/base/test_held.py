@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from pcscale.base.held import HeldBase
-from pcscale.base.int8 import CACHE_NAME, Int8Base
+from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.model.loss import NextTokenLoss
+from pcscale.run.folder import BASE_CACHE_NAME
 from pcscale.storage.reader import TensorReader
 from tests.projection.parts import CPU, Compression, copies, open_base, token_batches
 from tests.reference import Weights
@@ -28,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(params=PRECISIONS)
 def base(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> MappedBase | Int8Base:
     mapped = open_base(folder)
-    return mapped if request.param == "stored" else Int8Base(mapped, tmp_path / CACHE_NAME)
+    return mapped if request.param == "stored" else Int8Base(mapped, tmp_path / BASE_CACHE_NAME)
 
 
 def as_kept(base: MappedBase | Int8Base | HeldBase, names: list[str]) -> dict[str, list[torch.Tensor]]:
@@ -108,7 +109,7 @@ def test_codes_of_any_number_of_values_can_be_held(tmp_path: Path) -> None:
     """Scales begin at multiples of four bytes, wherever the codes before them end."""
     sizes = {"hidden_size": 30, "intermediate_size": 45, "vocab_size": 301}
     sizes |= {"num_attention_heads": 3, "num_key_value_heads": 1}
-    coded = Int8Base(open_base(build_base(tmp_path / "base", **sizes)), tmp_path / CACHE_NAME)
+    coded = Int8Base(open_base(build_base(tmp_path / "base", **sizes)), tmp_path / BASE_CACHE_NAME)
     assert any(coded.weight(name).values.numel() % 4 for name in coded.matrix_names)
     held = HeldBase(coded, CPU)
     assert_same(as_kept(held, coded.matrix_names), as_kept(coded, coded.matrix_names))
@@ -120,7 +121,7 @@ def test_steps_are_the_same_to_the_last_bit(
 ) -> None:
     ends: list[Weights] = []
     mapped = open_base(folder)
-    base = mapped if precision == "stored" else Int8Base(mapped, tmp_path / CACHE_NAME)
+    base = mapped if precision == "stored" else Int8Base(mapped, tmp_path / BASE_CACHE_NAME)
     compression = Compression.of(folder)
     for held in (False, True):
         model = compression.model()

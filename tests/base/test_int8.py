@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from pcscale.base.int8 import CACHE_NAME, Int8Base
+from pcscale.base.int8 import Int8Base
 from pcscale.projection.layout import RecordFormat
+from pcscale.run.folder import BASE_CACHE_NAME
 from tests.base.coded import EMBEDDING, UP, WIDE, coded, compression, folder, seen_by_bitsandbytes, whole
 from tests.projection.parts import Compression, copies, open_base, random_kept
 from tests.reference import Weights, hard_pruned
@@ -36,7 +37,7 @@ def test_weights_are_those_that_bitsandbytes_codes_and_decodes(coded: Int8Base, 
 
 def test_a_base_in_half_precision_is_coded_from_what_is_stored(tmp_path: Path) -> None:
     base = open_base(build_base(tmp_path / "base", dtype=torch.bfloat16, max_shard_size="20KB"))
-    coded = Int8Base(base, tmp_path / CACHE_NAME)
+    coded = Int8Base(base, tmp_path / BASE_CACHE_NAME)
     for name in coded.matrix_names:
         assert torch.equal(whole(coded, name), seen_by_bitsandbytes(base.tensor(name)))
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from pcscale.base import int8
-from pcscale.base.int8 import CACHE_NAME, Int8Base
+from pcscale.base.int8 import Int8Base
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError, RunError
+from pcscale.run.folder import BASE_CACHE_NAME
+from tests import children
 from tests.base.coded import UP, WIDE, coded, compression, folder, seen_by_bitsandbytes, whole
 from tests.projection.parts import open_base
 from tests.tiny import build_base
-from tests.training import children
 
 __all__ = ["coded", "compression", "folder"]
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:create_dynamic_map")  # bitsandb
 @pytest.fixture
 def cache(coded: Int8Base, tmp_path: Path) -> Path:
     """A whole cache of its own."""
-    return Path(shutil.copyfile(coded.cache, tmp_path / CACHE_NAME))
+    return Path(shutil.copyfile(coded.cache, tmp_path / BASE_CACHE_NAME))
 
 
 @pytest.fixture
@@ -49,20 +50,20 @@ def state_of(path: Path) -> tuple[int, int, bytes]:
 
 
 def test_the_cache_is_made_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / CACHE_NAME
+    cache = tmp_path / BASE_CACHE_NAME
     first = Int8Base(open_base(folder), cache)
     before = state_of(cache)
     monkeypatch.setattr(int8, "ShardWriter", None)
     second = Int8Base(open_base(folder), cache)
     assert state_of(cache) == before
     assert second.coded_fingerprints == first.coded_fingerprints
-    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")} == {CACHE_NAME}
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")} == {BASE_CACHE_NAME}
     for name in first.matrix_names:
         assert torch.equal(whole(first, name), whole(second, name))
 
 
 def test_two_caches_of_one_base_are_equal_to_the_last_byte(coded: Int8Base, folder: Path, tmp_path: Path) -> None:
-    again = Int8Base(open_base(folder), tmp_path / CACHE_NAME)
+    again = Int8Base(open_base(folder), tmp_path / BASE_CACHE_NAME)
     assert again.cache.read_bytes() == coded.cache.read_bytes()
     assert again.coded_fingerprints == coded.coded_fingerprints
 
@@ -168,7 +169,7 @@ def test_two_processes_at_once_make_one_cache(coded: Int8Base, folder: Path, tmp
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([children.__name__])  # The server that other tests use.
     barrier, results = context.Barrier(2), context.Queue()
-    cache = tmp_path / CACHE_NAME
+    cache = tmp_path / BASE_CACHE_NAME
     processes = [context.Process(target=_open_at_once, args=(folder, cache, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
@@ -212,8 +213,8 @@ def test_a_full_disk_leaves_no_cache(folder: Path, tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(RunError, match=rf"{CACHE_NAME}: the disk is full\. Nothing was replaced"):
-        Int8Base(open_base(folder), tmp_path / CACHE_NAME)
+    with pytest.raises(RunError, match=rf"{BASE_CACHE_NAME}: the disk is full\. Nothing was replaced"):
+        Int8Base(open_base(folder), tmp_path / BASE_CACHE_NAME)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
@@ -222,10 +223,10 @@ def test_a_failure_while_coding_leaves_no_cache_and_lets_the_next_one_try(
 ) -> None:
     monkeypatch.setattr(int8, "encode_weight", None)
     with pytest.raises(TypeError):
-        Int8Base(open_base(folder), tmp_path / CACHE_NAME)
+        Int8Base(open_base(folder), tmp_path / BASE_CACHE_NAME)
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
     monkeypatch.undo()
-    assert Int8Base(open_base(folder), tmp_path / CACHE_NAME).coded_fingerprints == coded.coded_fingerprints
+    assert Int8Base(open_base(folder), tmp_path / BASE_CACHE_NAME).coded_fingerprints == coded.coded_fingerprints
 
 
 def test_what_a_disk_gives_back_otherwise_than_written_is_said(
@@ -239,7 +240,7 @@ def test_what_a_disk_gives_back_otherwise_than_written_is_said(
 
     monkeypatch.setattr(int8, "_write_cache", damaged)
     monkeypatch.setattr(console, "warn", lambda text: None)
-    cache = tmp_path / CACHE_NAME
+    cache = tmp_path / BASE_CACHE_NAME
     message = f"{cache} is not what was written to it just now. Check the disk."
     with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
         Int8Base(open_base(folder), cache)

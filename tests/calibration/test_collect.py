@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from pcscale.base.forward import LayerMajorModel
 from pcscale.calibration import collect
 from pcscale.calibration.collect import activation_scores, collect_scores, read_scores, write_scores
+from pcscale.calibration.score import Scores, magnitude_scores, random_scores
+from pcscale.calibration.statistics import SECOND_MOMENT
 from pcscale.common.errors import RequestError
-from pcscale.importance.score import Scores, magnitude_scores, random_scores
-from pcscale.importance.statistics import SECOND_MOMENT
 from tests.projection.parts import ALL_CASES, CPU, Compression, TinyBase, case_folder, token_batches
 
 SUM_TOLERANCE = 1e-5

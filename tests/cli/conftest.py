@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pcscale.training.folder import RunFolder
-from pcscale.training.pipeline import compress
-from tests.training.runs import (
+from pcscale.jobs.compress import compress
+from pcscale.run.folder import RunFolder
+from tests.runs import (
     World,
     config,
     leftovers,

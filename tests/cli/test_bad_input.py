@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import build_base
-from tests.training.runs import (
+from tests.runs import (
     World,
     invoke,
     refusal,
 )
+from tests.tiny import build_base
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import build_base
-from tests.training.runs import (
+from tests.runs import (
     World,
     curve,
     invoke,
@@ -25,6 +24,7 @@ from tests.training.runs import (
     snapshot,
     write_yaml,
 )
+from tests.tiny import build_base
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pcscale.calibration.collect import collect_scores, read_scores
+from pcscale.calibration.statistics import SECOND_MOMENT
 from pcscale.families.plan import Plan
-from pcscale.importance.statistics import SECOND_MOMENT
 from tests.projection.parts import CPU, open_base
-from tests.training.runs import World, invoke
+from tests.runs import World, invoke
 
 
 def calibrate(world: World, output: Path, *arguments: str) -> dict[str, object]:

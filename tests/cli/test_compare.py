@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from pcscale.training.pipeline import compress
+from pcscale.jobs.compress import compress
+from tests.runs import World, invoke, metrics, refusal, report_without_plots, run_config, snapshot
 from tests.tiny import build_base, write_text
-from tests.training.runs import World, invoke, metrics, refusal, report_without_plots, run_config, snapshot
 
 RUN_KEYS = {"label", "run", "base", "parameters", "base_parameters", "seed", "steps", "tokens", "seconds"} | {
     "peak",
@@ -40,7 +40,7 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         "short text": {"data": data | {"train": [str(short)]}, "max_steps": 40},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pcscale.training.pipeline.write_report", report_without_plots)
+        patch.setattr("pcscale.jobs.compress.write_report", report_without_plots)
         for name, changed in changes.items():
             compress(run_config(world, folder / name, **({"data": data} | changed)))
     return {name: folder / name for name in changes}

@@ -13,7 +13,7 @@ import pytest
 from pcscale.common.errors import RunError
 from pcscale.config.help import themed_fields
 from pcscale.config.schema import RunConfig
-from tests.training.runs import World, invoke, refusal, run_values, snapshot, write_yaml
+from tests.runs import World, invoke, refusal, run_values, snapshot, write_yaml
 
 SUBCOMMANDS = ("plan", "compress", "demo", "calibrate", "teach", "merge", "evaluate", "verify", "report", "compare")
 FLAGS = {
@@ -323,7 +323,7 @@ def test_the_demo_hands_its_folder_on_and_prints_a_sample(
         sample = {"prompt": "Once", "compressed": "upon a time"}
         return json.loads((finished / "report.json").read_text()), sample
 
-    monkeypatch.setattr("pcscale.training.demo.run_demo", run_demo)
+    monkeypatch.setattr("pcscale.jobs.demo.run_demo", run_demo)
     outcome = invoke("demo", "--output", tmp_path / "demo")
     assert outcome.exit_code == 0
     assert seen == [tmp_path / "demo"]

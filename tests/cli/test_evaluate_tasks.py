@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.evaluation.task_files import LAST_WORD, write_task
+from tests.runs import World, invoke, refusal
 from tests.tiny import build_base
-from tests.training.runs import World, invoke, refusal
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `eval` is not installed")
 
@@ -96,7 +96,7 @@ def test_nothing_to_evaluate_on_is_refused(world: World) -> None:
 def test_without_the_extra_the_line_says_how_to_install_it(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pcscale.training.jobs.find_spec", lambda name: None)
+    monkeypatch.setattr("pcscale.jobs.evaluate.find_spec", lambda name: None)
     assert refusal("evaluate", world.base, "--tasks", write_task(tmp_path)) == (
         "--tasks needs the package lm_eval. Run `pip install 'pcscale[eval]'`."
     )

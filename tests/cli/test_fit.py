@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from pcscale.common.errors import RequestError
+from pcscale.jobs import fit
+from pcscale.jobs.run import prepare
 from pcscale.memory.limits import Limit
-from pcscale.training import fitting
-from pcscale.training.folder import RunFolder
-from pcscale.training.setup import prepare
-from tests.training.runs import World, invoke, run_config, run_values, write_yaml
+from pcscale.run.folder import RunFolder
+from tests.runs import World, invoke, run_config, run_values, write_yaml
 
 MIB = 2**20
 
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "host_limit", lambda: Limit(100 * MIB, "a small machine"))
+    monkeypatch.setattr(fit, "host_limit", lambda: Limit(100 * MIB, "a small machine"))
 
 
 def test_a_run_beyond_the_memory_is_refused(little_memory: None, refuse: Callable[..., str]) -> None:
@@ -30,7 +30,7 @@ def test_a_run_beyond_the_memory_is_refused(little_memory: None, refuse: Callabl
 
 
 def test_a_run_beyond_the_disk_is_refused(monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str]) -> None:
-    monkeypatch.setattr(fitting, "disk_free", lambda path: Limit(1000, "a full disk"))
+    monkeypatch.setattr(fit, "disk_free", lambda path: Limit(1000, "a full disk"))
     assert "of disk, there is 1000 B (a full disk)" in refuse(exit_code=3)
 
 
@@ -45,8 +45,8 @@ def test_force_begins_it_with_a_warning(little_memory: None, world: World, run: 
 def test_a_run_that_others_leave_no_room_for_begins_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, world: World, run: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fitting, "host_left", lambda: Limit(MIB, "a busy machine"))
-    monkeypatch.setattr(fitting, "anonymous_bytes", lambda: 2 * MIB)
+    monkeypatch.setattr(fit, "host_left", lambda: Limit(MIB, "a busy machine"))
+    monkeypatch.setattr(fit, "anonymous_bytes", lambda: 2 * MIB)
     said = invoke("compress", write_yaml(tmp_path / "run.yaml", run_values(world, run)), "--dry-run")
     assert said.exit_code == 0
     assert "other processes leave 3.0 MiB of it now (a busy machine)" in " ".join(said.stderr.split())
@@ -88,6 +88,6 @@ def test_a_snapshot_is_refused_by_the_torch_that_fails_with_it(
     setup = replace(prepare(config), device=torch.device("cuda"))
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     with pytest.raises(RequestError, match=r"torch 2\.11\.0\+cu130 fails in the backward pass"):
-        fitting.check_requests(setup, config, RunFolder(run))
+        fit.check_requests(setup, config, RunFolder(run))
     monkeypatch.setattr(torch, "__version__", "2.13.0")
-    fitting.check_requests(setup, config, RunFolder(run))
+    fit.check_requests(setup, config, RunFolder(run))

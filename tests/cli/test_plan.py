@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.training.runs import World, invoke, refusal
+from tests.runs import World, invoke, refusal
 
 WITHOUT = ("torch", "transformers", "datasets", "matplotlib", "numpy")
 PROGRAM = f"""

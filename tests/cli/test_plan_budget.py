@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pcscale.config.load import load_run_config
-from tests.training.runs import World, invoke, refusal
+from tests.runs import World, invoke, refusal
 
 GIB = 2**30
 

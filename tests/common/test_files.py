@@ -17,7 +17,7 @@ from pcscale.common.errors import (
 from pcscale.common.files import (
     published_folder,
     read_json,
-    said_plainly,
+    readable_os_errors,
     temporary_beside,
     write_json,
     write_text,
@@ -179,7 +179,7 @@ def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
 
 def test_other_errors_pass_through_unchanged(tmp_path: Path) -> None:
     error = OSError(errno.EIO, "the cable is out")
-    with pytest.raises(OSError, match="the cable is out") as caught, said_plainly(tmp_path):
+    with pytest.raises(OSError, match="the cable is out") as caught, readable_os_errors(tmp_path):
         raise error
     assert caught.value is error
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from pcscale.common.ledger import COMPONENTS, MOMENTS, RECORDS, Ledger, home_of, ledger
+from pcscale.common.ledger import COMPONENTS, MOMENTS, RECORDS, Ledger, ledger, placement_of
 
 THREADS, ENTRIES = 8, 2000
 
@@ -153,9 +153,9 @@ def test_without_a_listener_moments_pass_and_settling_does_nothing(own: Ledger) 
 
 
 def test_without_a_gpu_the_device_is_the_host() -> None:
-    assert home_of(torch.device("cpu")) == "host"
-    assert home_of(torch.device("cuda", 1)) == "device"
-    assert home_of(torch.device("meta")) == "device"
+    assert placement_of(torch.device("cpu")) == "host"
+    assert placement_of(torch.device("cuda", 1)) == "device"
+    assert placement_of(torch.device("meta")) == "device"
 
 
 def test_every_component_has_a_name_of_its_own() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.training.children import Prepare, run_command
+from tests.children import Prepare, run_command
 
 WAIT_SECONDS = 280
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pcscale.compressed.loss import NextTokenLoss
 from pcscale.config.load import check_values
 from pcscale.distributed.settings import read_engine_settings
+from pcscale.model.loss import NextTokenLoss
 from pcscale.training.step import training_step
 from tests.projection.parts import Compression, token_batches
 from tests.reference import Rates, Weights

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.children import wait
 from tests.distributed.ranks import start_ranks
 from tests.distributed.test_resume import TOLERANCE, begin, losses
-from tests.training.children import wait
-from tests.training.runs import World, run_values, write_yaml
-from tests.training.teaching import TAUGHT, teach
+from tests.jobs.teaching import TAUGHT, teach
+from tests.runs import World, run_values, write_yaml
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import RunConfig
 from pcscale.distributed.settings import read_engine_settings
-from tests.training.runs import World, run_config
+from tests.runs import World, run_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deepspeed_configs"

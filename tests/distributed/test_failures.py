@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.children import Prepare, kill_itself, wait
 from tests.distributed.ranks import start_ranks
-from tests.training.children import Prepare, kill_itself, wait
-from tests.training.runs import World, curve, metrics, run_values, write_yaml
+from tests.runs import World, curve, metrics, run_values, write_yaml
 
 CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 EXIT_SECONDS = 60
@@ -110,7 +110,7 @@ def test_ranks_without_a_deepspeed_file_are_refused(values: dict[str, Any], run:
 
 @pytest.mark.parametrize("failed", [0, 1])
 def test_what_one_rank_finds_wrong_it_says_and_all_end(failed: int, values: dict[str, Any], run: Path) -> None:
-    prepare = {failed: failing("pcscale.training.pipeline:build_training_parts", "no room for records")}
+    prepare = {failed: failing("pcscale.jobs.compress:build_training_parts", "no room for records")}
     codes, texts = begin(run, values, prepare=prepare)
     assert codes == [1, 1]
     assert said(texts[failed]) == ["pcscale: no room for records"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.merging.trained import REPOSITORY
-from tests.training.runs import World, metrics, run_values, write_yaml
+from tests.runs import World, metrics, run_values, write_yaml
 
 SCRIPTS = Path(sys.executable).parent
 LAUNCHERS = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.children import Prepare, kill_itself, start, wait
 from tests.distributed.ranks import start_ranks
-from tests.training.children import Prepare, kill_itself, start, wait
-from tests.training.runs import World, leftovers, metrics, run_values, snapshot, write_yaml
+from tests.runs import World, leftovers, metrics, run_values, snapshot, write_yaml
 
 TOLERANCE = 1e-4
 """Of a loss. Sums over ranks and partitions round in another order."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.test_resume import TOLERANCE, begin, losses
-from tests.training.runs import World
+from tests.runs import World
 
 FORMS: dict[str, dict[str, Any]] = {
     "zero1.json": {},

@@ -1,5 +1,5 @@
 """Fixtures of tiny runs."""
 
-from tests.training.runs import light_runs
+from tests.runs import light_runs
 
 __all__ = ["light_runs"]

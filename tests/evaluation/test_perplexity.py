@@ -8,9 +8,9 @@ import torch
 
 from pcscale.common.errors import RequestError
 from pcscale.common.topology import Alone, Topology
-from pcscale.compressed.loss import NextTokenLoss
-from pcscale.compressed.model import load_stock
 from pcscale.evaluation.perplexity import Evaluation, HeldOut, evaluate_base, evaluate_model, mean_loss
+from pcscale.model.compressed import load_stock
+from pcscale.model.loss import NextTokenLoss
 from tests.projection.parts import CPU, Compression, TinyBase, open_base, token_batches
 from tests.tiny import CASES
 

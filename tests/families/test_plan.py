@@ -13,6 +13,8 @@ from pcscale.families.plan import Plan, PlannedWeight, kept_name
 from pcscale.families.registry import FAMILIES
 from pcscale.families.spec import Config
 from pcscale.families.widths import plan_widths
+from pcscale.projection.costs import compose_flops, pull_back_flops, sweep_flops
+from pcscale.projection.layout import trainable_values
 from tests.families.real_models import LLAMA_1B, LLAMA_1B_UNTIED, LLAMA_8B, REAL, SMOLLM2
 from tests.family_checks import stock_model
 
@@ -40,14 +42,14 @@ def test_published_widths_cost_what_the_method_states(
 ) -> None:
     plan = _plan(config, *widths)
     assert f"{plan.parameters / 1e9:.2f}" == compressed
-    assert f"{plan.trainable / 1e9:.2f}" == trainable
-    assert f"{plan.trainable * FP32_ADAM_BYTES / 2**30:.1f}" == trainable_gib
+    assert f"{sum(map(trainable_values, plan.weights)) / 1e9:.2f}" == trainable
+    assert f"{sum(map(trainable_values, plan.weights)) * FP32_ADAM_BYTES / 2**30:.1f}" == trainable_gib
     assert f"{plan.parameters * FP32_ADAM_BYTES / 2**30:.1f}" == pruned_gib
 
 
 def test_the_half_of_smollm2_has_71_and_230_million_values() -> None:
     plan = _plan(SMOLLM2, 432, 768)
-    assert (round(plan.parameters / 1e6), round(plan.trainable / 1e6)) == (71, 230)
+    assert (round(plan.parameters / 1e6), round(sum(map(trainable_values, plan.weights)) / 1e6)) == (71, 230)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_trainable_values_are_deltas_aux_norms_and_biases_counted_one_by_one() -
         + 2 * r  # norms
         + (Q + 2 * K + r)  # biases
     )
-    assert _plan(config, r, f).trainable == (V * r + R * r) + layers * layer + r
+    assert sum(map(trainable_values, _plan(config, r, f).weights)) == (V * r + R * r) + layers * layer + r
 
 
 def _matmul_flops(*shapes: tuple[int, int]) -> int:
@@ -152,10 +154,10 @@ def _pull_back_by_hand(planned: PlannedWeight) -> int:
 def test_compose_and_pull_back_flops_equal_products_counted_one_by_one(name: str, widths: tuple[int, int]) -> None:
     plan = _plan(REAL[name] | {"num_hidden_layers": 2}, *widths)
     for planned in plan.matrices:
-        assert planned.compose_flops == _compose_by_hand(planned), planned.name
-        assert planned.pull_back_flops == _pull_back_by_hand(planned), planned.name
-    assert plan.compose_flops == sum(map(_compose_by_hand, plan.matrices))
-    assert plan.pull_back_flops == sum(map(_pull_back_by_hand, plan.matrices))
+        assert compose_flops(*planned.shapes) == _compose_by_hand(planned), planned.name
+        assert pull_back_flops(*planned.shapes) == _pull_back_by_hand(planned), planned.name
+    assert sweep_flops(plan)[0] == sum(map(_compose_by_hand, plan.matrices))
+    assert sweep_flops(plan)[1] == sum(map(_pull_back_by_hand, plan.matrices))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -188,5 +190,5 @@ def test_a_side_that_keeps_its_size_has_no_projection() -> None:
         leaf = planned.name.split(".")[-2]
         assert projected == {"out": leaf in ("gate_proj", "up_proj"), "in": leaf == "down_proj"}
         if planned.shape == planned.base_shape:
-            assert planned.trainable == math.prod(planned.base_shape)
-            assert planned.compose_flops == planned.pull_back_flops == 0
+            assert trainable_values(planned) == math.prod(planned.base_shape)
+            assert compose_flops(*planned.shapes) == pull_back_flops(*planned.shapes) == 0

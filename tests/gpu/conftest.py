@@ -1,5 +1,5 @@
 """Fixtures of tiny runs."""
 
-from tests.training.runs import light_runs, no_plots
+from tests.runs import light_runs, no_plots
 
 __all__ = ["light_runs", "no_plots"]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pcscale.training.pipeline import compress
-from tests.training.runs import World, build_world, invoke, metrics, run_config
+from pcscale.jobs.compress import compress
+from tests.runs import World, build_world, invoke, metrics, run_config
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

@@ -3,10 +3,10 @@
 import math
 
 from pcscale.config.schema import RunConfig
-from pcscale.families.costs import visit_flops
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.memory.hardware import Hardware
 from pcscale.memory.step_time import FORWARD_BACKWARD, MOTION, SWEEP, forward_backward_flops
+from pcscale.projection.costs import visit_flops
 from pcscale.projection.layout import RecordFormat, record_bytes
 from pcscale.projection.owners import sweep_rounds
 from tests.tiny import SIZES

@@ -8,9 +8,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pcscale.compressed.loss import NextTokenLoss
 from pcscale.families.plan import Plan
 from pcscale.memory.working import activation_bytes, layer_activation_bytes
+from pcscale.model.loss import NextTokenLoss
 from tests.memory.plans import settings, written_plan
 from tests.tiny import CASES
 
@@ -101,7 +101,7 @@ def test_with_checkpointing_a_model_keeps_the_inputs_of_its_layers(
     """One layer comes back in the backward pass, after what is counted here."""
     plan = wide_plan(tmp_path, family, tied, 8)
     model = compressed_model(plan, dtype)
-    # As training does (training/setup.py): transformers 5.23 renamed it.
+    # As training does (jobs/run.py): transformers 5.23 renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
     config = settings(bf16=bf16, per_device_train_batch_size=BATCH, sequence_length=TOKENS, gradient_checkpointing=True)

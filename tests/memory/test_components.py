@@ -10,10 +10,9 @@ import torch
 from pcscale.base.held import HeldBase
 from pcscale.base.int8 import Int8Base
 from pcscale.calibration.collect import activation_scores, read_rebuilt, write_rebuilt
+from pcscale.calibration.select import select
 from pcscale.common import ledger
 from pcscale.common.topology import Topology
-from pcscale.compressed.model import build_compressed
-from pcscale.importance.select import select
 from pcscale.memory import components
 from pcscale.memory.components import (
     ACTIVATIONS,
@@ -33,6 +32,7 @@ from pcscale.memory.estimate import (
     plan_document,
 )
 from pcscale.memory.place import Place, ZeroForm
+from pcscale.model.compressed import build_compressed
 from pcscale.projection.layout import RecordFormat, overlap_bytes, record_bytes
 from pcscale.projection.owners import owned_matrices
 from pcscale.projection.residency import Residency

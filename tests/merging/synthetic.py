@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pcscale.base.int8 import CACHE_NAME, Int8Base
-from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
+from pcscale.base.int8 import Int8Base
 from pcscale.families.plan import Plan
 from pcscale.families.registry import family_of
 from pcscale.projection.layout import value_shapes
+from pcscale.run.folder import BASE_CACHE_NAME
+from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
 from tests.merging.trained import BASE_NAME, open_base
 
@@ -50,8 +51,8 @@ def write_checkpoint(
         save_file(record, checkpoint / record_file(planned.name))
     files = [OUTER_NAME, *(record_file(planned.name) for planned in plan.matrices)]
     base = open_base(base_folder)({})
-    codes = Int8Base(base, folder / CACHE_NAME).coded_fingerprints if int8 else {}
-    (folder / CACHE_NAME).unlink(missing_ok=True)
+    codes = Int8Base(base, folder / BASE_CACHE_NAME).coded_fingerprints if int8 else {}
+    (folder / BASE_CACHE_NAME).unlink(missing_ok=True)
     Manifest(
         step=1,
         method="projected",

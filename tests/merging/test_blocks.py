@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pcscale.base.weight import FrozenWeight, encode_weight
-from pcscale.families.costs import out_side_first
 from pcscale.merging import blocks
 from pcscale.merging.blocks import Workspace, compose_into
 from pcscale.projection.algebra import Projection, Side, compose
+from pcscale.projection.costs import out_side_first
 
 O, I = 52, 37
 RANK = 3

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from pcscale.base.int8 import CACHE_NAME
 from pcscale.cli.main import app
 from pcscale.common.errors import RequestError
 from pcscale.config.load import dump_run_config
 from pcscale.config.schema import DataConfig, RunConfig
+from pcscale.jobs.evaluate import verify
 from pcscale.merging.verify import LOGIT_TOLERANCE, Check
 from pcscale.projection import algebra
 from pcscale.projection.algebra import Gradients
-from pcscale.training.jobs import verify
+from pcscale.run.folder import BASE_CACHE_NAME
 from tests.merging.trained import COMPACT, Train, TrainedRun, merge_run, train_and_save
 
 LOGITS = "merged logits, largest difference from live ones (of the largest)"
@@ -85,7 +85,7 @@ def test_a_whole_run_in_few_bits_passes(changes: dict[str, Any], run_folder: Cal
 
 def test_a_run_whose_8_bit_codes_are_gone_is_verified_all_the_same(run_folder: Callable[..., Path]) -> None:
     folder = run_folder(**COMPACT["8-bit base"])
-    (folder / CACHE_NAME).unlink()
+    (folder / BASE_CACHE_NAME).unlink()
     before = sorted(folder.rglob("*"))
     assert verify(folder)["passed"]
     assert sorted(folder.rglob("*")) == before

@@ -15,18 +15,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from pcscale.base.int8 import CACHE_NAME, Int8Base
+from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
-from pcscale.compressed.model import build_compressed
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import select
 from pcscale.families.plan import Plan
 from pcscale.families.widths import plan_widths
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
 from pcscale.merging.merge import MergeResult, merge
+from pcscale.model.compressed import build_compressed
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.run.folder import BASE_CACHE_NAME
 from pcscale.training.state import save_state
 
 HIDDEN, FFN = 24, 40
@@ -102,7 +103,7 @@ def train_and_save(
     model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
     frozen = base
     if int8:
-        cache = checkpoint.parents[1] / CACHE_NAME
+        cache = checkpoint.parents[1] / BASE_CACHE_NAME
         cache.parent.mkdir(parents=True, exist_ok=True)
         frozen = Int8Base(base, cache)
     settings = {"lr": _RATE, "project": method == "projected", "form": form, **settings}

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder
-from pcscale.compressed.model import build_compressed
 from pcscale.families.plan import Plan
 from pcscale.families.widths import plan_widths
+from pcscale.model.compressed import build_compressed
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.family_checks import NARROW

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat, record_bytes
 from pcscale.projection.owners import Round
 from pcscale.projection.residency import Residency

@@ -7,11 +7,12 @@ import bitsandbytes.functional
 import pytest
 import torch
 
+from pcscale.common.sizes import QUANTISED_BLOCK as BLOCK
 from pcscale.projection import adamw
 from pcscale.projection.adamw import AdamW, update
 from pcscale.projection.record import Trained
 from pcscale.projection.rounding import noise_key
-from pcscale.storage.blockwise import BLOCK, Blockwise, dynamic_code
+from pcscale.storage.blockwise import Blockwise, dynamic_code
 
 SETTINGS = AdamW(updates=0, rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1)
 STEPS = 6

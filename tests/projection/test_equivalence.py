@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.algebra import compose
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.step import training_step

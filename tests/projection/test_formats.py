@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
-from pcscale.compressed.loss import NextTokenLoss
 from pcscale.merging.merge import merge
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.layout import RecordFormat
 from pcscale.projection.residency import Residency
 from pcscale.projection.sweep import ProjectedAdamW

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pcscale.common.ledger import DIRECT, GRADIENTS, MOMENTS, RECORDS, WEIGHTS
-from pcscale.compressed.loss import NextTokenLoss
-from pcscale.compressed.model import build_compressed
+from pcscale.model.compressed import build_compressed
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.gradients import Accumulated
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW

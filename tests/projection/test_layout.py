@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from pcscale.common.errors import RequestError
+from pcscale.common.sizes import QUANTISED_BLOCK as BLOCK
 from pcscale.families.axes import FFN, RESIDUAL
-from pcscale.families.costs import Shape
 from pcscale.families.plan import PlannedWeight
 from pcscale.families.spec import Kind, Weight
+from pcscale.projection.costs import Shape
 from pcscale.projection.layout import (
     PUBLISHED_FORMAT,
     ROW_BLOCK,
@@ -25,7 +26,6 @@ from pcscale.projection.layout import (
     value_shapes,
 )
 from pcscale.projection.record import views_of
-from pcscale.storage.blockwise import BLOCK
 
 BASE_SHAPE, SHAPE = (200, 130), (90, 70)
 SIDES = {"both": SHAPE, "out": (90, 130), "in": (200, 70), "none": BASE_SHAPE}
@@ -65,7 +65,6 @@ def test_a_low_rank_has_thin_factors_in_their_place(side: str) -> None:
 def test_trainable_values_are_those_of_the_shapes(side: str, rank: int | None) -> None:
     weight = planned(SIDES[side])
     assert trainable_values(weight, rank) == sum(map(math.prod, value_shapes(weight, rank).values()))
-    assert trainable_values(weight) == weight.trainable
 
 
 def test_of_a_norm_its_entries_are_trained_whatever_the_rank() -> None:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight
 from pcscale.common.errors import RequestError
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.layout import RecordFormat
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.projection.parts import Compression, TinyBase, copies, token_batches

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pcscale.checkpoint.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.common.errors import RequestError
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
 from pcscale.projection.persist import read_fixed, read_state, write_outer, write_records
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
+from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
 from tests.projection.parts import Compression, TinyBase, copies, random_kept, token_batches
 

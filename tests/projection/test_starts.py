@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from pcscale.base.int8 import Int8Base
 from pcscale.calibration.collect import activation_scores, read_rebuilt, write_rebuilt
+from pcscale.calibration.score import Scores, random_scores
+from pcscale.calibration.select import select
+from pcscale.calibration.statistics import SECOND_MOMENT, dropped_of, rebuild
 from pcscale.common.errors import RequestError
-from pcscale.compressed.model import build_compressed
 from pcscale.config.schema import REBUILDING_STARTS
 from pcscale.families.plan import Plan
-from pcscale.importance.score import Scores, random_scores
-from pcscale.importance.select import select
-from pcscale.importance.statistics import SECOND_MOMENT, dropped_of, rebuild
+from pcscale.model.compressed import build_compressed
 from pcscale.projection.layout import RecordFormat
 from pcscale.projection.record import basis_name
 from pcscale.projection.starts import STARTS, TIED_GAIN, Start, make_start, rotated, start_tensors

@@ -19,7 +19,7 @@ from tests.reporting.compared_runs import (
     write_rows,
 )
 from tests.reporting.run_folder import EVALUATION, OLD_USAGE, USAGE, on_gpu, write_document
-from tests.training.runs import snapshot
+from tests.runs import snapshot
 
 COARSE: Rows = [(150, 3.0, 6.75), (350, 6.0, 5.25)]
 """Evaluated where the others are not."""

@@ -14,7 +14,7 @@ from pcscale.reporting.compare_plot import COLOURS, MARKERS_END_AT, plot_compari
 from pcscale.reporting.drawing import MAX_POINTS
 from tests.reporting.compared_runs import SECOND, write_compared
 from tests.reporting.run_folder import on_gpu, write_document
-from tests.training.runs import leftovers, snapshot
+from tests.runs import leftovers, snapshot
 
 
 @pytest.fixture

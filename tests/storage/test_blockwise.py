@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pcscale.common.errors import RequestError
-from pcscale.storage.blockwise import BLOCK, Blockwise, dynamic_code, require_bitsandbytes
+from pcscale.common.sizes import QUANTISED_BLOCK as BLOCK
+from pcscale.storage.blockwise import Blockwise, dynamic_code, require_bitsandbytes
 
 ERROR_TOLERANCE = 1.001
 """Of bitsandbytes' own root mean square error. Ours is the code nearest to the rounded value; on a processor its own

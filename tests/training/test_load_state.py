@@ -7,11 +7,11 @@ import torch
 
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import select
 from pcscale.common.errors import RequestError
-from pcscale.compressed.model import build_compressed
 from pcscale.families.widths import plan_widths
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
+from pcscale.model.compressed import build_compressed
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.state import load_state, save_state

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn.utils import get_total_norm
 
-from pcscale.compressed.loss import NextTokenLoss
+from pcscale.calibration.score import random_scores
+from pcscale.calibration.select import select
 from pcscale.config.schema import RunConfig
-from pcscale.importance.score import random_scores
-from pcscale.importance.select import select
+from pcscale.jobs.run import build_training_parts, prepare
+from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.folder import RunFolder
-from pcscale.training.setup import build_training_parts, prepare
+from pcscale.run.folder import RunFolder
 from pcscale.training.step import StepResult, training_step
 
 UNCLIPPED = 1e9

@@ -8,17 +8,17 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pcscale.common.ledger import HIDDEN, TEACHER
-from pcscale.compressed.loss import Distillation, NextTokenLoss, top_divergence
 from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
+from pcscale.jobs.compress import compress
 from pcscale.memory.components import SAID, train_moments
 from pcscale.memory.place import Place
-from pcscale.training.pipeline import compress
+from pcscale.model.loss import Distillation, NextTokenLoss, top_divergence
 from pcscale.training.teacher import Teacher
 from tests.entered import Entered
 from tests.memory.plans import held_bytes
 from tests.projection.parts import CPU, Compression, TinyBase, token_batches
+from tests.runs import World, curve, run_config
 from tests.tiny import CASES
-from tests.training.runs import World, curve, run_config
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -61,7 +61,7 @@ def test_what_it_says_is_what_the_stock_base_says(family: str, tied: bool, tiny_
 def test_its_most_likely_tokens_are_those_of_the_stock_base(
     temperature: float, block_values: int, compression: Compression, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pcscale.base.forward.LOGIT_BLOCK_VALUES", block_values)
+    monkeypatch.setattr("pcscale.base.forward.LOGIT_CHUNK_VALUES", block_values)
     teacher = teacher_of(compression, top_k=7, temperature=temperature)
     assert teacher.distillation.head_VH is None
     for ids_BT, (top_BTk, log_p_BTk) in zip(BATCHES, teacher.says(BATCHES), strict=True):

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pcscale.common.allocator import release_freed
+from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
 from pcscale.common.topology import ONE_PROCESS
 from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
-from pcscale.memory.components import PLACE_BYTES
-from pcscale.memory.process import anonymous_bytes, release_freed
+from pcscale.memory.process import anonymous_bytes
 from pcscale.training.teacher import CachedTeacher, find_taught
 from pcscale.training.teacher_cache import OPEN_SHARDS, Place, TeacherCache, TeacherManifest, shard_name, write_shard
 from tests.memory.touched import SIZE, SLACK
@@ -61,7 +62,7 @@ def test_a_place_takes_what_is_predicted_also_while_it_is_looked_for(count: int,
     held, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     del teacher
-    assert (held / count, most / count) == pytest.approx((PLACE_BYTES, PLACE_BYTES), rel=0.15)
+    assert (held / count, most / count) == pytest.approx((CACHED_SEQUENCE_BYTES, CACHED_SEQUENCE_BYTES), rel=0.15)
 
 
 class Watched(TeacherCache):

@@ -1,0 +1,251 @@
+"""The run folder: where everything of a run lies, and whether a new run may begin or an old one go on."""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pcscale.common.errors import RequestError
+from pcscale.common.files import (
+    TEMPORARY_PREFIX,
+    read_json,
+    readable_os_errors,
+    temporary_beside,
+    write_json,
+    write_text,
+)
+from pcscale.config.load import check_values, dump_run_config, read_values
+from pcscale.config.schema import RunConfig
+from pcscale.run.token_file import TOKENS_NAME
+
+SETTINGS_NAME = "run.yaml"
+BASE_CACHE_NAME = "base-int8.safetensors"
+STEP_PREFIX = "step-"
+FREE_TO_CHANGE = frozenset(
+    {
+        "base",  # named anew, it must still be the same base: its fingerprints tell
+        "output",
+        "max_steps",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "keep_checkpoints",
+        "max_skipped_steps",
+        "max_memory",
+        "memory_snapshot",
+        "max_shard_size",
+        "report_to",
+        "gradient_checkpointing",
+        "trust_remote_code",
+        # how a step's sequences are shared out; how many there are stays (state.check_batch)
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "deepspeed",
+        # where things live changes no number
+        "residency",
+        "base_home",
+        "gradient_home",
+        "pinned_memory",
+    }
+)
+"""Settings that a resumed run may have otherwise; every other one would make it another run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths inside a run folder."""
+
+    path: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.path / SETTINGS_NAME
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.safetensors"
+
+    @property
+    def rebuilt(self) -> Path:
+        """What kept ffn channels say of dropped ones, until training has begun with it."""
+        return self.path / "rebuilt.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def merge_result(self) -> Path:
+        return self.path / "merge.json"
+
+    @property
+    def usage(self) -> Path:
+        return self.path / "usage.json"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
+
+    @property
+    def memory_snapshot(self) -> Path:
+        return self.path / "memory_snapshot.pickle"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def residency(self) -> Path:
+        """The records' files while a run with residency disk is training."""
+        return self.path / "residency"
+
+    @property
+    def base_cache(self) -> Path:
+        return self.path / BASE_CACHE_NAME
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is work that a new run would lose; settings, plan and tokens are made again in no time."""
+        return any(path.exists() for path in (self.scores, self.metrics, self.checkpoints))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{STEP_PREFIX}{step:08d}"
+
+    def saved_steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending. What is visible is whole, so the last is the one to resume."""
+        names = [path.name for path in self.checkpoints.glob(f"{STEP_PREFIX}*")]
+        return sorted(int(name.removeprefix(STEP_PREFIX)) for name in names if name[len(STEP_PREFIX) :].isdigit())
+
+    def latest_checkpoint(self) -> Path | None:
+        steps = self.saved_steps()
+        return self.checkpoint(steps[-1]) if steps else None
+
+    def clear_results(self) -> None:
+        """Forget what a run without a checkpoint has left: it begins anew, maybe on other text."""
+        tokens = self.path / TOKENS_NAME
+        for path in (
+            tokens,
+            self.scores,
+            self.rebuilt,
+            self.metrics,
+            self.evaluation,
+            self.merge_result,
+            self.usage,
+            self.memory,
+        ):
+            path.unlink(missing_ok=True)
+
+    def forget_merged(self) -> None:
+        """Forget how good the merged model is, since training goes on: what is merged then is another one."""
+        found = read_json(self.evaluation)
+        write_json(self.evaluation, {key: found[key] for key in found if key not in ("compressed", "sample")})
+
+    def records_of(self, rank: int) -> Path:
+        """Where a rank keeps the records that live in files."""
+        return self.residency / f"rank-{rank}"
+
+    def clear_residency(self) -> None:
+        """Remove the records' files of a run that was killed and goes on from a checkpoint."""
+        shutil.rmtree(self.residency, ignore_errors=True)
+
+    def clear_records(self, rank: int) -> None:
+        """Remove a rank's, which has ended: what is worth keeping of them, a checkpoint holds."""
+        shutil.rmtree(self.records_of(rank), ignore_errors=True)
+        with suppress(OSError):  # Until the last rank's are gone.
+            self.residency.rmdir()
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest checkpoints. One that is being removed is no longer visible as a checkpoint."""
+        for step in self.saved_steps()[:-keep]:
+            doomed = self.checkpoints / f"{TEMPORARY_PREFIX}removed"
+            shutil.rmtree(doomed, ignore_errors=True)
+            self.checkpoint(step).rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def open_run(config: RunConfig, resume: bool) -> RunFolder:
+    """The folder of a run that begins or goes on; run.yaml is written.
+
+    Raises:
+        RequestError: the folder holds something else, a run that `--resume` was not asked for, or a run with other
+            settings.
+    """
+    folder = RunFolder(Path(config.output).expanduser())
+    check_output(folder, config, resume)
+    with readable_os_errors(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        for leftover in list(folder.path.rglob(f"{TEMPORARY_PREFIX}*")):
+            # An interrupted merge goes on from its staging folder; everything else is written anew.
+            if leftover != temporary_beside(folder.merged) and folder.merged not in leftover.parents:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    write_text(folder.settings, dump_run_config(config))
+    return folder
+
+
+def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
+    """Refuse an output that this run must not write into; nothing is changed."""
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise RequestError(f"{path} is a file. Name a new folder as output.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not folder.settings.exists():
+        found = next(path.iterdir()).name
+        raise RequestError(f"{path} holds {found} and is no run folder. Name a new folder as output.")
+    if not folder.begun:
+        return
+    if not resume:
+        raise RequestError(
+            f"{path} already holds a run. Add --resume to go on with it, or name a new folder as output."
+        )
+    before = _bound(check_values(read_values(folder.settings), str(folder.settings)))
+    for key, value in _bound(config).items():
+        if value != before[key]:
+            raise RequestError(
+                f"{key} is {value!r}, the run in {path} began with {before[key]!r}. "
+                "Put it back, or name a new folder as output."
+            )
+
+
+def _bound(config: RunConfig) -> dict[str, Any]:
+    """What makes a run this one. A teacher's folder may lie elsewhere: its hashes tell whether it is of this base."""
+    values = config.model_dump(exclude=set(FREE_TO_CHANGE))
+    if values["distill"] is not None:
+        values["distill"]["cache"] = values["distill"]["cache"] is not None
+    return values
+
+
+def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to a step; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > last_step:
+            break
+        rows.append(row)
+    return rows
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Cut metrics.jsonl back to a checkpoint: the steps after it are made again."""
+    rows = read_metrics(path, last_step)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

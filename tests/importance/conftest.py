@@ -1,3 +1,0 @@
-"""One thread for these tests."""
-
-from tests.projection.parts import one_thread as one_thread
