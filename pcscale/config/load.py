@@ -3,13 +3,15 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import GROUPS, RunConfig
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -75,16 +77,21 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     return merged
 
 
-def check_values(values: dict[str, Any], where: str) -> RunConfig:
-    """Values into settings.
+def check_settings(model: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """The settings that a mapping holds.
 
     Raises:
         RequestError: the first thing that is wrong: an unknown key (with the nearest known one), type or range.
     """
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise RequestError(f"{where}: {_explain(error)}") from None
+        raise RequestError(f"{where}: {_explain(error, model)}") from None
+
+
+def check_values(values: dict[str, Any], where: str) -> RunConfig:
+    """The settings of a run that a mapping holds; raises as `check_settings`."""
+    return check_settings(RunConfig, values, where)
 
 
 def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -94,29 +101,32 @@ def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def dump_run_config(config: RunConfig) -> str:
     """The settings, every one of them, as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    first = {key: values.pop(key) for key in ("base", "output", "data")}
+    return yaml.safe_dump(first | values, sort_keys=False, allow_unicode=True)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors(include_url=False)
     # An unknown key is most often the cause of a missing one: name it first.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
     if problem["type"] == "extra_forbidden":
-        return _explain_unknown(key)
+        return _explain_unknown(key, model)
     if problem["type"] == "missing":
         return f"{key} is not set and has no default. Add it."
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
     if not key or message.startswith("'"):
         return f"{key}: {message}." if key else f"{message}."
-    if problem["type"] in ("literal_error", "none_required") and key in ("report_to", *RunConfig.model_fields):
+    if problem["type"] in ("literal_error", "none_required") and key in ("report_to", *model.model_fields):
         message = f"this version takes only {message.removeprefix('Input should be ')}"
     return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
 
 
-def _explain_unknown(key: str) -> str:
+def _explain_unknown(key: str, model: type[BaseModel]) -> str:
     group, dot, inner = key.rpartition(".")
-    model = GROUPS[group] if dot else RunConfig
-    known = [*model.model_fields, "data.train", "data.validation"] if not dot else list(model.model_fields)
+    known = list((GROUPS[group] if dot else model).model_fields)
+    if not dot and "data" in known and model is RunConfig:
+        known += ["data.train", "data.validation"]
     nearest = difflib.get_close_matches(inner, known, n=1, cutoff=0.0)
     return f"{key} is not a setting. Did you mean '{group + dot}{nearest[0]}'?"

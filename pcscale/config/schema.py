@@ -1,11 +1,11 @@
 """Every setting of a run, with its type, range, default, theme and unit. The help and the docs are made from this."""
 
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pcscale.common.units import parse_bytes
+from pcscale.config import defaults
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -26,11 +26,11 @@ def _check_size(value: Any) -> Any:
 
 
 TEXT_FREE = ("magnitude", "random")
-"""Importances that look at no activations."""
+"""Importances that need no text: they look at no activations."""
 REBUILDING_STARTS = ("least_squares", "pca_least_squares")
-"""Those that calibration solves least squares over ffn channels for."""
+"""Starts for which calibration solves least squares over ffn channels."""
 ROTATING_STARTS = ("pca", "pca_least_squares")
-"""Those whose residual stream is rotated."""
+"""Starts whose residual stream is rotated."""
 _OF_RECORDS = (
     "projection_rates",
     "base_home",
@@ -40,16 +40,14 @@ _OF_RECORDS = (
     "moments",
     "projection_rank",
 )
-"""Settings that hard pruning has no use for."""
-_RATE, _RATE_ALONE = 1e-4, 3e-4
-"""Of projections, and of what hard pruning trains."""
-_AUX_RATIO = 3
-"""Of the rates of aux and of projections, where only that of projections is said (docs/recipe.md)."""
+"""Settings without a meaning for hard pruning, which has no records."""
 
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
 Count = Annotated[Whole, Field(gt=0)]
 Size = Annotated[str, BeforeValidator(_check_size)]
+
+Importance = Literal["activation", "energy", "magnitude", "random"]
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -108,15 +106,13 @@ GROUPS: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConf
 """Settings that hold settings of their own."""
 
 
-class RunConfig(BaseModel):
-    """One run: what `pcscale compress` reads from run.yaml."""
+class PlanConfig(BaseModel):
+    """Everything that a run's plan depends on: all settings but its text and its folder."""
 
     model_config = _STRICT
 
     base: str = Field(min_length=1, json_schema_extra=_MODEL)
     """The base model: a local checkpoint folder or a Hub id."""
-    output: str = Field(min_length=1, json_schema_extra=_OUTPUT)
-    """The run folder. It must be new or empty unless `--resume` is given."""
     keep: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=None, json_schema_extra=_MODEL)
     """Share of the base's real parameter count to keep; 0.5 where no size is given at all. Units: fraction."""
     target_params: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_MODEL)
@@ -128,52 +124,50 @@ class RunConfig(BaseModel):
     method: Literal["projected", "hard_prune"] = Field(default="projected", json_schema_extra=_MODEL)
     """`projected` trains projections of the frozen base; `hard_prune`, the control arm, trains the same start alone."""
     start: Literal["selection", "rescaled", "least_squares", "pca", "pca_least_squares"] = Field(
-        default="pca_least_squares", json_schema_extra=_MODEL
+        default=defaults.START, json_schema_extra=_MODEL
     )
     """The compressed model before training. `selection` keeps the most important channels, as published; `rescaled`
     puts the norms right for what they no longer see; `least_squares` also rebuilds dropped channels from kept ones;
     `pca` rotates the residual stream onto its main directions; `pca_least_squares` also rebuilds ffn channels."""
-    importance: Literal["activation", "energy", "magnitude", "random"] = Field(
-        default="energy", json_schema_extra=_MODEL
-    )
+    importance: Importance = Field(default=defaults.IMPORTANCE, json_schema_extra=_MODEL)
     """How channels are scored: by sums of activations on calibration text, by the energy that they give to what reads
     them there, by weight magnitude, or at random (with `seed`)."""
-    calibration_tokens: Count = Field(default=262_144, json_schema_extra=_MODEL)
+    calibration_tokens: Count = Field(default=defaults.CALIBRATION_TOKENS, json_schema_extra=_MODEL)
     """Tokens of training text that activation scores are taken on. Units: tokens."""
     trust_remote_code: bool = Field(default=False, json_schema_extra=_MODEL)
     """Let a tokenizer run code that comes with the base. Models are always stock classes."""
 
-    data: DataConfig = Field(json_schema_extra=_DATA)
-    """Training and held-out text: `data.train`, `data.validation`."""
-    sequence_length: Annotated[Whole, Field(gt=1)] = Field(default=512, json_schema_extra=_DATA)
+    sequence_length: Annotated[Whole, Field(gt=1)] = Field(default=defaults.SEQUENCE_LENGTH, json_schema_extra=_DATA)
     """Length of a packed sequence. Units: tokens."""
-    eval_tokens: Count = Field(default=65_536, json_schema_extra=_DATA)
+    eval_tokens: Count = Field(default=defaults.EVAL_TOKENS, json_schema_extra=_DATA)
     """At most this much held-out text is evaluated. Units: tokens."""
 
     max_steps: Count = Field(default=1000, json_schema_extra=_TRAINING)
     """Optimizer steps. Units: steps."""
-    per_device_train_batch_size: Count = Field(default=4, json_schema_extra=_TRAINING)
+    per_device_train_batch_size: Count = Field(default=defaults.BATCH_SIZE, json_schema_extra=_TRAINING)
     """Sequences in a micro batch. Units: sequences."""
     gradient_accumulation_steps: Count = Field(default=8, json_schema_extra=_TRAINING)
     """Micro batches in a step. Units: micro batches."""
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=_RATE, json_schema_extra=_TRAINING)
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(default=defaults.LEARNING_RATE, json_schema_extra=_TRAINING)
     """Peak rate of the projections. With hard_prune: of everything, and 3e-4 by default."""
     aux_learning_rate: Annotated[Number, Field(gt=0)] | None = Field(default=None, json_schema_extra=_TRAINING)
     """Peak rate of aux, norms and biases. Absent: three times `learning_rate`."""
     distill: DistillConfig | None = Field(default=None, json_schema_extra=_TRAINING)
     """Let the base teach, by a layer-major pass in every step, or from a folder (`distill.cache`) without one."""
-    projection_rates: Literal["uniform", "per_matrix"] = Field(default="per_matrix", json_schema_extra=_TRAINING)
+    projection_rates: Literal["uniform", "per_matrix"] = Field(
+        default=defaults.PROJECTION_RATES, json_schema_extra=_TRAINING
+    )
     """`uniform` trains every projection at `learning_rate`, as published; `per_matrix` divides it by the mean norm of
     the base weight's rows (of its columns on the out side) where that is above 1: a step moves all weights alike."""
     warmup_steps: Annotated[Whole, Field(ge=0)] = Field(default=40, json_schema_extra=_TRAINING)
     """Steps from 0.1 of the rate to the whole of it; a cosine back to 0.1 follows. Units: steps."""
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=0.0, json_schema_extra=_TRAINING)
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(default=defaults.WEIGHT_DECAY, json_schema_extra=_TRAINING)
     """Decoupled decay of D and aux (hard_prune: of the matrices); never of norms and biases."""
-    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(default=0.9, json_schema_extra=_TRAINING)
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(default=defaults.BETAS[0], json_schema_extra=_TRAINING)
     """Decay rate of the first moment."""
-    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(default=0.95, json_schema_extra=_TRAINING)
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(default=defaults.BETAS[1], json_schema_extra=_TRAINING)
     """Decay rate of the second moment."""
-    adam_epsilon: Annotated[Number, Field(gt=0)] = Field(default=1e-8, json_schema_extra=_TRAINING)
+    adam_epsilon: Annotated[Number, Field(gt=0)] = Field(default=defaults.EPSILON, json_schema_extra=_TRAINING)
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[Number, Field(gt=0)] = Field(default=1.0, json_schema_extra=_TRAINING)
     """The norm that the compressed model's gradients are clipped to."""
@@ -242,17 +236,17 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _hard_pruning_trains_what_aux_is(cls, values: Any) -> Any:
+    def _hard_pruning_has_a_rate_of_its_own(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("method") == "hard_prune":
-            return {"learning_rate": _RATE_ALONE, **values}
+            return {"learning_rate": defaults.HARD_PRUNE_LEARNING_RATE, **values}
         return values
 
     @model_validator(mode="after")
-    def _one_way_to_say_the_size(self) -> "RunConfig":
+    def _settings_go_together(self) -> "PlanConfig":
         widths = [self.hidden_size, self.intermediate_size]
         if (widths[0] is None) != (widths[1] is None):
             raise ValueError("hidden_size and intermediate_size go together: set both or neither")
-        said = [
+        given = [
             key
             for key, value in (
                 ("keep", self.keep),
@@ -261,8 +255,8 @@ class RunConfig(BaseModel):
             )
             if value is not None
         ]
-        if len(said) > 1:
-            raise ValueError(f"{' and '.join(said)} both say the size: keep one of them")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say the size: keep one of them")
         if self.method == "hard_prune" and self.aux_learning_rate is not None:
             raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
         if self.start != "selection" and self.importance in TEXT_FREE:
@@ -277,22 +271,16 @@ class RunConfig(BaseModel):
             raise ValueError("gradient_home cpu is for one process: with deepspeed, ZeRO's offload moves gradients")
         if self.method == "hard_prune":
             for key in _OF_RECORDS:
-                if getattr(self, key) != RunConfig.model_fields[key].default:
+                if getattr(self, key) != PlanConfig.model_fields[key].default:
                     raise ValueError(f"{key} has no meaning with method hard_prune, which has no records: remove it")
         return self
 
-    def resolved(self) -> "RunConfig":
-        """With what follows from other settings put in, so that it stays as it is when defaults change."""
-        return self.model_copy(update={"aux_learning_rate": self.aux_rate}) if self.method == "projected" else self
-
     @property
     def aux_rate(self) -> float:
-        """Of aux, norms and biases; with hard_prune of everything."""
+        """Peak rate of aux, norms and biases; with hard_prune of everything."""
         if self.aux_learning_rate is not None:
             return self.aux_learning_rate
-        if self.method == "hard_prune":
-            return self.learning_rate
-        return float(_AUX_RATIO * Decimal(str(self.learning_rate)))  # 3e-4 is what people read in run.yaml.
+        return defaults.aux_learning_rate(self.method, self.learning_rate)
 
     @property
     def rank(self) -> int | None:
@@ -319,3 +307,54 @@ class RunConfig(BaseModel):
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.sequence_length
+
+
+class RunConfig(PlanConfig):
+    """One run: the settings that `pcscale compress` reads from run.yaml."""
+
+    output: str = Field(min_length=1, json_schema_extra=_OUTPUT)
+    """The run folder. It must be new or empty unless `--resume` is given."""
+    data: DataConfig = Field(json_schema_extra=_DATA)
+    """Training and held-out text: `data.train`, `data.validation`."""
+
+    def resolved(self) -> "RunConfig":
+        """The same settings with those filled in that follow from others, so that they stay when defaults change."""
+        return self.model_copy(update={"aux_learning_rate": self.aux_rate}) if self.method == "projected" else self
+
+
+class CalibrateSettings(BaseModel):
+    """One calibration: the settings of `pcscale calibrate`."""
+
+    model_config = _STRICT
+
+    base: str = Field(min_length=1)
+    """Checkpoint folder or Hub id."""
+    data: list[str] = Field(min_length=1)
+    """Text: files, globs or a Hub data set id."""
+    output: str = Field(min_length=1)
+    """The file to write, such as scores.safetensors."""
+    importance: Importance = defaults.IMPORTANCE
+    """Kind of scores: energy, activation, magnitude or random."""
+    tokens: Count = defaults.CALIBRATION_TOKENS
+    """At most this many tokens of text. Units: tokens."""
+    sequence_length: Annotated[Whole, Field(gt=1)] = defaults.SEQUENCE_LENGTH
+    """Length of a sequence. Units: tokens."""
+    batch_size: Count = defaults.BATCH_SIZE
+    """Sequences at a time."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """Seed of random scores."""
+
+
+class EvaluateSettings(BaseModel):
+    """Held-out text: the settings of `pcscale evaluate`."""
+
+    model_config = _STRICT
+
+    data: list[str] = Field(min_length=1)
+    """Text: files, globs or a Hub data set id."""
+    tokens: Count = defaults.EVAL_TOKENS
+    """At most this many tokens of text. Units: tokens."""
+    sequence_length: Annotated[Whole, Field(gt=1)] = defaults.SEQUENCE_LENGTH
+    """Length of a sequence. Units: tokens."""
+    batch_size: Count = defaults.BATCH_SIZE
+    """Sequences at a time."""

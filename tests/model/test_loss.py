@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from pcscale.common import sizes
 from pcscale.common.sizes import LOGIT_CHUNK_VALUES, chunk_tokens
-from pcscale.model import loss as loss_module
 from pcscale.model.loss import NextTokenLoss
 from tests.projection.parts import Compression, TinyBase, copies, token_batches
 from tests.tiny import CASES, SIZES
@@ -28,7 +28,7 @@ def compression(tiny_base: TinyBase) -> Compression:
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Room for the logits of that many tokens, and not quite one more."""
-    monkeypatch.setattr(loss_module, "LOGIT_CHUNK_VALUES", tokens * VOCAB + VOCAB - 1)
+    monkeypatch.setattr(sizes, "LOGIT_CHUNK_VALUES", tokens * VOCAB + VOCAB - 1)
 
 
 def assert_stock_loss(model: PreTrainedModel, tolerance: float) -> None:
