@@ -1,10 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# What DeepSpeed compiles lies here, so that it is compiled once.
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.PHONY: install deepspeed-ops demo test check bench docs format clean
+.PHONY: install demo test check bench docs docs-site format clean
 
 install: $(STAMP)
 
@@ -15,13 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-deepspeed-ops: install
-	$(BIN)/python tools/deepspeed_ops.py
-
 demo: install
 	$(BIN)/pcscale demo
 
-test: install deepspeed-ops
+test: install
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: install
@@ -31,9 +27,13 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/python tools/file_sizes.py
 	$(BIN)/python tools/docs.py --check
+	$(SITE) --quiet --site-dir .cache/site
 
 docs: install
 	$(BIN)/python tools/docs.py
+
+docs-site: install
+	$(SITE)
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -43,4 +43,4 @@ bench: install
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .cache
+	rm -rf .venv .cache site

@@ -23,9 +23,9 @@ from pcscale.common.units import format_bytes, format_seconds
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.registry import family_of
 from pcscale.families.widths import plan_widths
+from pcscale.projection.checkpoint import direct_name, fixed_entry
 from pcscale.projection.costs import out_side_first
 from pcscale.projection.layout import value_shapes
-from pcscale.projection.persist import direct_name, fixed_entry
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors

@@ -21,6 +21,7 @@ from pcscale.common.allocator import release_freed
 from pcscale.common.cache import cache_folder
 from pcscale.distributed.engine import DeepSpeedEngine
 from pcscale.distributed.group import ProcessGroup
+from pcscale.distributed.settings import EngineSettings
 from pcscale.distributed.zero_base import ZeroBase
 from pcscale.families.plan import PlannedWeight
 from pcscale.families.widths import plan_widths
@@ -28,9 +29,10 @@ from pcscale.jobs.demo import fetch_smollm2
 from pcscale.memory.process import anonymous_bytes
 from pcscale.model.compressed import build_compressed
 from pcscale.model.loss import NextTokenLoss
+from pcscale.projection.compression import Compression
 from pcscale.projection.layout import RecordFormat, record_bytes, trainable_values
 from pcscale.projection.owners import owned_matrices
-from pcscale.projection.residency import Residency
+from pcscale.projection.residency import State
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.step import training_step
@@ -40,8 +42,8 @@ SMALL = RecordFormat("bfloat16", "8bit")
 CPU = torch.device("cpu")
 
 
-def settings(stage: int, bf16: bool = False) -> dict[str, Any]:
-    return {
+def settings(stage: int, bf16: bool = False) -> EngineSettings:
+    values = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
@@ -51,6 +53,7 @@ def settings(stage: int, bf16: bool = False) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    return EngineSettings(f"stage {stage}", values, moved_to_stage_1=False)
 
 
 class Parts:
@@ -66,9 +69,9 @@ class Parts:
         )
 
     def optimizer(self, base: Any, engine: Any, form: RecordFormat = SMALL) -> ProjectedAdamW:
-        return ProjectedAdamW(
-            self.model, self.plan, base, self.start, form=form, residency=Residency("cpu"), engine=engine
-        )
+        compression = Compression(self.model, self.plan, base, self.start, engine=engine)
+        state = State("cpu", record_dtype=form.dtype, moments=form.moments, projection_rank=form.rank)
+        return ProjectedAdamW(compression, state=state)
 
 
 def settled_bytes() -> int:
@@ -79,9 +82,9 @@ def settled_bytes() -> int:
 def touch(optimizer: ProjectedAdamW) -> None:
     """Write to every record: memory that nothing was written to is not there yet."""
     for name in optimizer.records:
-        buffer = optimizer.records.home.fetch(name)
+        buffer = optimizer.records.residency.read(name)
         buffer.add_(0)
-        optimizer.records.home.put(name, buffer, changed=True)
+        optimizer.records.residency.write(name, buffer, changed=True)
 
 
 def held(group: ProcessGroup, home: str) -> float:
@@ -108,7 +111,7 @@ def communicated(group: ProcessGroup) -> dict[str, Any]:
         parts = Parts()
         engine = DeepSpeedEngine(parts.model, settings(stage), group)
         optimizer = parts.optimizer(parts.base, engine)
-        module = engine.start(NextTokenLoss(parts.model))
+        module = engine.take_over(NextTokenLoss(parts.model))
         ids_BT = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(group.topology.rank))
         training_step(module, optimizer, [ids_BT], 1, 1.0)
         counts.clear()

@@ -17,7 +17,7 @@ Row = tuple[str, str, str]
 def hardware() -> str:
     """This machine in a file's name: its GPU, or its processor and how many cores there are."""
     found = machine()
-    name = found["gpu"] or f"{found['cpu']}-{os.cpu_count()}-cores"
+    name = found.gpu or f"{found.cpu}-{os.cpu_count()}-cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -32,8 +32,8 @@ def write_report(name: str, command: str, text: str, rows: list[Row]) -> Path:
         text.strip(),
         "",
         f"- Command: `{command}`",
-        f"- Machine: {found['cpu']}, {found['cores']} cores, {format_bytes(found['memory_bytes'])} of memory, "
-        f"GPU: {found['gpu'] or 'none (not run on one)'}",
+        f"- Machine: {found.cpu}, {found.cores} cores, {format_bytes(found.memory_bytes)} of memory, "
+        f"GPU: {found.gpu or 'none (not run on one)'}",
         f"- Libraries: {libraries}",
         "",
         "| | measured | target or comparison |",

@@ -19,6 +19,7 @@ from pcscale.families.widths import plan_widths
 from pcscale.jobs.demo import fetch_smollm2
 from pcscale.model.compressed import build_compressed
 from pcscale.model.loss import NextTokenLoss
+from pcscale.projection.compression import Compression
 from pcscale.projection.costs import sweep_flops
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
@@ -34,7 +35,7 @@ def half_of_smollm2() -> tuple[MappedBase, NextTokenLoss, ProjectedAdamW]:
     start = Start(select(plan, random_scores(plan, seed=0)))
     tensors = start_tensors(plan, start, base.tensor)
     loss_module = NextTokenLoss(build_compressed(plan, tensors, torch.device("cpu"), torch.float32))
-    return base, loss_module, ProjectedAdamW(loss_module.model, plan, base, start, lr=1e-6)
+    return base, loss_module, ProjectedAdamW(Compression(loss_module.model, plan, base, start), lr=1e-6)
 
 
 def run(scratch: Path) -> list[Row]:

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +25,10 @@ from pcscale.common.units import format_bytes
 from pcscale.families.plan import Plan
 from pcscale.families.widths import plan_widths
 from pcscale.model.compressed import build_compressed
+from pcscale.projection.compression import Compression
 from pcscale.projection.costs import out_side_first, sweep_flops
-from pcscale.projection.layout import RecordFormat, record_bytes
-from pcscale.projection.residency import Residency
+from pcscale.projection.layout import record_bytes
+from pcscale.projection.residency import State
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 
@@ -53,30 +55,32 @@ def run(scratch: Path) -> list[Row]:
 def _measure(folder: Path, base: MappedBase, plan: Plan, kept: KeptIndices) -> list[Row]:
     read_rate, write_rate = _disk_rates(folder / "probe")
     rows: list[Row] = [("disk: read / write, synced", f"{read_rate / 1e9:.2f} / {write_rate / 1e9:.2f} GB/s", "")]
-    fp32, device = RecordFormat(), Residency()
+    fp32, small = State(), State(record_dtype="bfloat16", moments="8bit")
     coded = Int8Base(base, folder / "base-int8.safetensors")
-    arms: list[tuple[str, RecordFormat, Residency, MappedBase | Int8Base, str]] = [
-        ("float32 state, residency device", fp32, device, base, "1.20 at most"),
-        ("float32 state, residency cpu", fp32, Residency("cpu"), base, "1.35 at most"),
-        ("float32 state, residency disk", fp32, Residency("disk", folder / "records"), base, ""),
-        ("bfloat16 records", RecordFormat("bfloat16"), device, base, ""),
-        ("8-bit moments", RecordFormat("float32", "8bit"), device, base, ""),
-        ("8-bit base", fp32, device, coded, ""),
-        ("all three", RecordFormat("bfloat16", "8bit"), device, coded, ""),
-        ("all three, residency disk", RecordFormat("bfloat16", "8bit"), Residency("disk", folder / "small"), coded, ""),
+    arms: list[tuple[str, State, MappedBase | Int8Base, str]] = [
+        ("float32 state, residency device", fp32, base, "1.20 at most"),
+        ("float32 state, residency cpu", State("cpu"), base, "1.35 at most"),
+        ("float32 state, residency disk", State("disk", folder / "records"), base, ""),
+        ("bfloat16 records", State(record_dtype="bfloat16"), base, ""),
+        ("8-bit moments", State(moments="8bit"), base, ""),
+        ("8-bit base", fp32, coded, ""),
+        ("all three", small, coded, ""),
+        ("all three, residency disk", replace(small, residency="disk", folder=folder / "small"), coded, ""),
     ]
     ratios: dict[str, float] = {}
-    for label, form, residency, frozen, target in arms:
+    for label, state, frozen, target in arms:
         console.say(label)
-        optimizer = _optimizer(plan, base, frozen, kept, form, residency)
+        optimizer = _optimizer(plan, base, frozen, kept, state)
         sweep, products = _alternate(_sweep_of(optimizer), lambda: _products(plan))
         traffic = optimizer.records.traffic
         moved = traffic.total / (REPEATS + 1)
-        records = sum(record_bytes(planned, form) for planned in plan.matrices) * (residency.home != "device")
+        records = sum(record_bytes(planned, state.format(False)) for planned in plan.matrices) * (
+            state.residency != "device"
+        )
         least = sum(frozen.weight(planned.name).num_bytes for planned in plan.matrices) + 2 * records
         ratios[label] = sweep / products
         rows.append((f"{label}: sweep / products", f"{sweep:.2f} / {products:.2f} s = {sweep / products:.2f}", target))
-        if residency.home != "device":
+        if state.residency != "device":
             rows.append(
                 (
                     f"{label}: bytes moved a step",
@@ -84,7 +88,7 @@ def _measure(folder: Path, base: MappedBase, plan: Plan, kept: KeptIndices) -> l
                     "1.05 at most",
                 )
             )
-        if residency.home == "disk":
+        if state.residency == "disk":
             disk = records / read_rate + records / write_rate
             limit = max(products, disk)
             rows.append(
@@ -100,7 +104,7 @@ def _measure(folder: Path, base: MappedBase, plan: Plan, kept: KeptIndices) -> l
         added = ratios[label] - ratios[first]
         rows.append((f"{label}: added to float32 state, in units of the products", f"{added:+.2f}", ""))
     console.say("published form")
-    optimizer = _optimizer(plan, base, base, kept, fp32, device)
+    optimizer = _optimizer(plan, base, base, kept, fp32)
     published = _published_step(plan, base, kept)
     sweep, two_visits = _alternate(_sweep_of(optimizer), published)
     rows.append(
@@ -119,12 +123,11 @@ def _optimizer(
     stored: MappedBase,
     frozen: MappedBase | Int8Base,
     kept: KeptIndices,
-    form: RecordFormat,
-    residency: Residency,
+    state: State,
 ) -> ProjectedAdamW:
     start = start_tensors(plan, Start(kept), stored.tensor)
     model = build_compressed(plan, start, torch.device("cpu"), torch.float32)
-    optimizer = ProjectedAdamW(model, plan, frozen, Start(kept), lr=RATE, form=form, residency=residency)
+    optimizer = ProjectedAdamW(Compression(model, plan, frozen, Start(kept)), lr=RATE, state=state)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     return optimizer

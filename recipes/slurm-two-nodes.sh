@@ -1,6 +1,6 @@
 #!/bin/bash
-# Two nodes of four GPUs, one torchrun per node. Not run yet.
-#   sbatch recipes/slurm-two-nodes.sh run.yaml [key=value ...] [--resume]
+# A SLURM script for two nodes of four GPUs, one torchrun per node. Not run yet.
+#   sbatch slurm-two-nodes.sh run.yaml [key=value ...] [--resume]
 #SBATCH --job-name=pcscale
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -21,4 +21,4 @@ srun --kill-on-bad-exit=1 torchrun \
     --rdzv-id="$SLURM_JOB_ID" \
     --rdzv-backend=c10d \
     --rdzv-endpoint="$first_node:29500" \
-    -m pcscale compress "$@" deepspeed=deepspeed_configs/zero3_offload_cpu.json
+    -m pcscale compress "$@" deepspeed=zero3_offload_cpu

@@ -17,8 +17,8 @@ from pcscale.cli.main import app
 from pcscale.config.load import check_values
 from pcscale.config.schema import RunConfig
 from pcscale.reporting.report import summarize
-from pcscale.reporting.run_data import read_run
 from pcscale.run.folder import RunFolder
+from pcscale.run.record import RunRecord
 from tests.tiny import build_base, write_text
 
 
@@ -165,7 +165,7 @@ def light_runs() -> Iterator[None]:
 
 def report_without_plots(run: Path) -> dict[str, Any]:
     """Plots take longer than tiny runs."""
-    return summarize(read_run(run))
+    return summarize(RunRecord.read(run))
 
 
 @pytest.fixture

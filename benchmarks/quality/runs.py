@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ def _make(folder: Path, path: Path, job: Job) -> None:
         "peak_bytes": report["peak"]["host_anonymous"]["measured_bytes"],
         "step_seconds": statistics.median(step["seconds"] for step in steps),
         "curve": curve,
-        "machine": {**machine(), "runs_at_a_time": WORKERS},
+        "machine": {**asdict(machine()), "runs_at_a_time": WORKERS},
     }
     write_json(path, document)
     shutil.rmtree(folder)

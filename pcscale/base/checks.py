@@ -1,4 +1,4 @@
-"""Whether a folder's tensors are those that its config promises. Reads headers only: no torch, no weight."""
+"""The check of a folder's tensors against its config. Reads headers only: no torch, no weight."""
 
 from pathlib import Path
 

@@ -29,8 +29,8 @@ class LayerMajorModel:
 
     Args:
         base: the frozen base.
-        device: where layers run.
-        dtype: what they run in.
+        device: the device that layers run on.
+        dtype: the dtype that they run in.
     """
 
     def __init__(self, base: MappedBase, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -49,10 +49,10 @@ class LayerMajorModel:
         self._head = by_kind.get(Kind.HEAD, self._embedding)
         self._arguments: dict[tuple[int, ...], _LayerArguments] = {}
         self.read_bytes = 0
-        """Of the base's weights, so far; a lookup in the embedding aside."""
+        """Bytes of the base's weights that were read so far, lookups in the embedding aside."""
 
     def module(self, name: str) -> nn.Module:
-        """The stock module of that dotted name, for hooks."""
+        """The stock module of a dotted name, for hooks."""
         return self.skeleton.get_submodule(name)
 
     @torch.no_grad()
@@ -60,10 +60,11 @@ class LayerMajorModel:
         """Run token batches `[B, T]` through the whole model but its head.
 
         Args:
-            label: of the progress bar; None: there is none.
+            label: the progress bar's; None: no bar.
 
-        Yields, for each group of batches whose hidden states fit the host's budget, their final states `[B, T, H]`
-        after the last norm, in the order of the batches.
+        Yields:
+            For each group of batches whose hidden states fit the host's budget, their final states `[B, T, H]` after
+            the last norm, in the order of the batches.
         """
         tokens = sum(batch.numel() for batch in batches)
         with console.progress(label, tokens * self.base.num_layers, "token layers") as progress:
@@ -123,8 +124,8 @@ class LayerMajorModel:
         """The most likely next tokens after final hidden states `[B, T, H]`, with the head in row blocks.
 
         Returns:
-            Of each batch their ids, int32 `[B, T, k]`, and the logarithms of their probabilities among all tokens,
-            float32, at that temperature; on the host.
+            A pair for each batch, on the host: their ids, int32 `[B, T, k]`, and the logarithms of their probabilities
+            among all tokens at that temperature, float32.
         """
         head_VH = self.base.tensor(self._head.name)
         self.read_bytes += head_VH.nbytes
@@ -156,7 +157,7 @@ class LayerMajorModel:
         return self.base.family.layer_prefix.format(layer=layer)
 
     def one_group(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The first of these batches, as many as go through the layers together."""
+        """The first of these batches: as many as go through the layers together."""
         return next(self._groups(batches), [])
 
     def _groups(self, batches: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -171,7 +172,7 @@ class LayerMajorModel:
             yield group
 
     def _embed(self, batch_BT: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
-        """The first layer's input; what the stock forward hands to every layer is kept by the batch's shape."""
+        """The first layer's input. The arguments that the stock forward gives each layer are kept by batch shape."""
         arguments: _LayerArguments = []
 
         def capture(hidden_BTH: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
@@ -185,7 +186,7 @@ class LayerMajorModel:
         try:
             for module in self.layers:
                 module.forward = capture
-            # Taken out, not patched as the layers are: a hook on the norm must not see what has passed no layer.
+            # Taken out, not patched as the layers are: a hook on the norm must not see states that passed no layer.
             setattr(norm_owner, norm_name, nn.Identity())
             # A lookup touches only its own rows, so the mapped table is used as it lies.
             embedding.forward = lambda ids_BT: F.embedding(ids_BT.to(table_VH.device), table_VH).to("cpu", self.dtype)

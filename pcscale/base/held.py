@@ -1,4 +1,4 @@
-"""The frozen base held in memory: its matrices are read once, and given out from there."""
+"""The frozen base held in memory: its matrices are read once and handed out from there."""
 
 from collections.abc import Collection
 
@@ -13,42 +13,44 @@ from pcscale.storage.host_memory import Arena, HostBytes
 
 
 class HeldBase:
-    """The matrices of a base in memory, as `base_home` cpu and device ask for.
+    """The matrices of a base in memory, for `base_home` cpu and device.
 
     Args:
-        base: what they are read from, as stored or in 8 bits.
-        device: where they are held; the host's memory is pinned where there is a GPU.
-        names: of the matrices to hold; None: all.
+        base: the base to copy, as stored or in 8 bits.
+        device: the device that holds them; the host's memory is pinned where there is a GPU.
+        names: the matrices to hold; None: all.
 
-    Memory: these matrices, in the precision that they are kept in.
+    Memory: these matrices, in the precision of `base`.
     """
 
     collective = False
 
     def __init__(self, base: MappedBase | Int8Base, device: torch.device, names: Collection[str] | None = None) -> None:
         names = base.matrix_names if names is None else names
-        self.home = "cpu" if device.type == "cpu" else "device"
+        self.placement = "cpu" if device.type == "cpu" else "device"
+        self.stored: MappedBase = base.stored
         self.lost, self.coded_fingerprints = base.lost, base.coded_fingerprints
         if device.type == "cpu":
             tensors = [tensor for name in names for tensor in base.weight(name).tensors]
             self._memory = HostBytes(sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors))
-            places = Arena(self._memory.bytes)
-            self._weights = {name: _copied(base.weight(name), places) for name in names}
+            arena = Arena(self._memory.bytes)
+            self._weights = {name: _copied(base.weight(name), arena) for name in names}
+            placement = self._memory.placement
         else:
             self._weights = {name: base.weight(name).to(device) for name in names}
-        home = self._memory.home if device.type == "cpu" else placement_of(device)
-        ledger.keep(self, FROZEN_BASE, home, sum(weight.num_bytes for weight in self._weights.values()))
+            placement = placement_of(device)
+        ledger.keep(self, FROZEN_BASE, placement, sum(weight.num_bytes for weight in self._weights.values()))
 
     def weight(self, name: str) -> FrozenWeight:
         return self._weights[name]
 
     def prefetch(self, names: list[str]) -> None:
-        """Nothing to do: they are in memory."""
+        """Do nothing: the weights are in memory."""
 
 
-def _copied(weight: FrozenWeight, places: Arena) -> FrozenWeight:
+def _copied(weight: FrozenWeight, arena: Arena) -> FrozenWeight:
     copies = []
     for tensor in weight.tensors:
-        place = places.take(tensor.numel() * tensor.element_size())
-        copies.append(place.view(tensor.dtype).view(tensor.shape).copy_(tensor))
+        buffer = arena.take(tensor.numel() * tensor.element_size())
+        copies.append(buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor))
     return FrozenWeight(*copies)

@@ -1,14 +1,12 @@
 """The frozen base in 8 bits: its matrices coded once per host into one file beside the run, mapped by every process."""
 
-import fcntl
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight, encode_weight
@@ -31,22 +29,22 @@ _BOUND_TO, _FINGERPRINTS = "bound_to", "fingerprints"
 class Int8Base:
     """The matrices of a base as 8-bit codes.
 
-    The cache is bound to the base by its fingerprints and checked when it is opened: one that is of another base, cut
-    short or changed is made again.
+    The cache is bound to the base by its fingerprints and checked when it is opened: one of another base, or one that
+    was cut short or changed, is made again.
 
     Args:
         base: the checkpoint.
-        cache: the file to be; its folder must exist.
+        cache: the file of the codes, which is written where it is absent; its folder must exist.
         expected: fingerprints that the codes must have, by tensor name, from a manifest.
 
     Raises:
         RequestError: bitsandbytes is absent, or the codes are not those that a checkpoint was trained on.
         RunError: the disk is full.
 
-    Memory: file-backed only; while the cache is made a few MiB.
+    Memory: file-backed only; a few MiB while the cache is written.
     """
 
-    home = "disk"
+    placement = "disk"
     collective = False
 
     def __init__(self, base: MappedBase, cache: Path, expected: Mapping[str, str] | None = None) -> None:
@@ -55,7 +53,7 @@ class Int8Base:
         self.cache = cache
         coded = _read_cache(cache, base)
         if isinstance(coded, str):
-            with _one_at_a_time(cache.parent):
+            with readable_os_errors(cache), FileLock(cache.with_name(f".{cache.name}.lock")):
                 problem = _read_cache(cache, base)
                 if isinstance(problem, str):  # Nobody else has made it meanwhile.
                     if cache.exists():
@@ -75,7 +73,7 @@ class Int8Base:
 
     @property
     def matrix_names(self) -> list[str]:
-        """The tensors that `weight` is asked for."""
+        """The names that `weight` takes."""
         return self.stored.matrix_names
 
     def weight(self, name: str) -> FrozenWeight:
@@ -83,7 +81,7 @@ class Int8Base:
         return FrozenWeight(self._reader.tensor(name), self._reader.tensor(name + _ABSMAX))
 
     def lost(self, name: str, rows: slice) -> torch.Tensor:
-        """What 8 bits lose of these rows: `(W - Q)[rows]`, float32 (method, section 3.3)."""
+        """The rows less their decoded codes, `(W - Q)[rows]`, float32 (docs/method.md, "The 8-bit base")."""
         coded_bI = self.weight(name).rows(torch.float32, rows.start, rows.stop)
         return self.stored.tensor(name)[rows].float() - coded_bI
 
@@ -92,20 +90,8 @@ class Int8Base:
         self._reader.prefetch([part for name in names for part in (name, name + _ABSMAX)])
 
 
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process of this host work in the folder while the others wait for it."""
-    with readable_os_errors(folder):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
-
-
 def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, str]] | str:
-    """The cache and its fingerprints, or what is wrong with it."""
+    """The cache and its fingerprints, or the end of a sentence about what is wrong with it."""
     if not cache.exists():
         return "is absent"
     try:

@@ -18,8 +18,8 @@ from pcscale.storage.reader import TensorReader
 class MappedBase:
     """A base checkpoint whose weights are read from disk as they are needed.
 
-    Every tensor is checked when it is first read: it must be finite, and equal to what the run began with where that
-    is known (`expected`). Checking in passing costs no second pass over the files.
+    Every tensor is checked when it is first read: it must be finite, and have its fingerprint in `expected` where that
+    names one. Checking in passing costs no second pass over the files.
 
     Args:
         source: the checkpoint folder and what the user calls it.
@@ -31,7 +31,7 @@ class MappedBase:
     Memory: file-backed only.
     """
 
-    home = "disk"
+    placement = "disk"
     collective = False
 
     def __init__(self, source: BaseFolder, expected: Mapping[str, str] | None = None) -> None:
@@ -45,9 +45,14 @@ class MappedBase:
         self._expected = dict(expected or {})
         self._expected_by = "this checkpoint was trained on"
         self.fingerprints: dict[str, str] = {}
-        """By tensor name, of the tensors read so far."""
+        """Fingerprints of the tensors read so far, by name."""
         self.coded_fingerprints: dict[str, str] = {}
-        """Of 8-bit codes: there are none."""
+        """Fingerprints of 8-bit codes: none."""
+
+    @property
+    def stored(self) -> "MappedBase":
+        """The checkpoint itself, as every base names the one that it comes from."""
+        return self
 
     @property
     def num_layers(self) -> int:
@@ -76,12 +81,12 @@ class MappedBase:
         return FrozenWeight(self.tensor(name))
 
     def lost(self, name: str, rows: slice) -> torch.Tensor | None:
-        """What `weight` loses of these rows: nothing."""
+        """The rows less `weight`'s: None, since nothing is rounded."""
         return None
 
     @property
     def matrix_names(self) -> list[str]:
-        """The tensors that `weight` is asked for."""
+        """The names that `weight` takes."""
         return [weight.name for weight in self.weights if weight.kind.is_matrix]
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
@@ -103,10 +108,10 @@ class MappedBase:
             )
 
     def expect(self, fingerprints: Mapping[str, str], by: str = "this checkpoint was trained on") -> None:
-        """From now on this base must have these fingerprints.
+        """Demand these fingerprints of this base from now on.
 
         Args:
-            by: whose they are, as it follows on "is not the weight".
+            by: the end of a refusal that begins with "is not the weight".
 
         Raises:
             RequestError: a weight that was read already is another one.
@@ -116,7 +121,7 @@ class MappedBase:
             self._compare(name, found)
 
     def layer_names(self, layer: int | None) -> list[str]:
-        """The tensors of one layer; of None, those outside the layers."""
+        """The names of one layer's tensors; None: of those outside the layers."""
         return [weight.name for weight in self.weights if weight.layer == layer]
 
     def prefetch(self, names: list[str]) -> None:
@@ -124,7 +129,7 @@ class MappedBase:
         self._reader.prefetch(names)
 
     def check_all(self) -> dict[str, str]:
-        """Read what has not been read yet; returns every tensor's fingerprint."""
+        """Read all tensors that were not read yet; returns every tensor's fingerprint."""
         for weight in self.weights:
             self._read(weight.name)
         return self.fingerprints

@@ -1,4 +1,4 @@
-"""BASE on the command line: a local checkpoint folder, or a Hub id that is fetched once into the Hub's own cache."""
+"""A base model by its name: a local checkpoint folder, or a Hub id that is fetched once into the Hub's own cache."""
 
 import re
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ class BaseFolder:
 
     folder: Path
     name: str
-    """How the user named it."""
+    """The name that the user gave."""
     revision: str | None
     """The Hub's commit; None: a local folder."""
 
 
-def resolve_base(name: str, config_only: bool = False) -> BaseFolder:
+def resolve_base(name: str, revision: str | None = None, config_only: bool = False) -> BaseFolder:
     """The folder of a base model, fetched from the Hub where `name` is an id.
 
     Args:
+        revision: the Hub's commit; None: the newest.
         config_only: config.json is enough; weights are used where they are there already.
 
     Raises:
@@ -40,7 +41,12 @@ def resolve_base(name: str, config_only: bool = False) -> BaseFolder:
 
     try:
         fetched = Path(
-            snapshot_download(name, allow_patterns=_CONFIG_ONLY if config_only else _FETCHED, ignore_patterns=["*/*"])
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_CONFIG_ONLY if config_only else _FETCHED,
+                ignore_patterns=["*/*"],
+            )
         )
     except Exception as error:  # The client raises its own and its HTTP library's exceptions.
         reason = " ".join(str(error).split())[:200]

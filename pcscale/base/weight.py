@@ -1,4 +1,4 @@
-"""One frozen base weight as it is kept: its stored values, or 8-bit codes."""
+"""One frozen base weight: its stored values, or 8-bit codes of them."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from pcscale.common.sizes import QUANTISED_BLOCK
 from pcscale.storage.blockwise import Blockwise
 
 _CHUNK_VALUES = 2**18
-"""Values that are coded or decoded at a time on a processor: what its cache holds."""
+"""Values that are coded or decoded at a time on a processor: as many as its cache holds."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class FrozenWeight:
     """A base weight `[O, I]`, most often mapped from a file.
 
     Attributes:
-        values: in the stored dtype, or uint8 codes.
-        absmax: the scales of the codes; None: the values are stored ones.
+        values: values in the stored dtype, or uint8 codes.
+        absmax: the scales of the codes; None: `values` are stored ones.
     """
 
     values: torch.Tensor
@@ -37,17 +37,17 @@ class FrozenWeight:
         return [self.values] if self.absmax is None else [self.values, self.absmax]
 
     def to(self, device: torch.device) -> "FrozenWeight":
-        """The same weight on a device; itself where it is there already."""
+        """This weight on a device, without a copy where it is there already."""
         return FrozenWeight(*(tensor.to(device, non_blocking=True) for tensor in self.tensors))
 
     def keep_for(self, device: torch.device) -> None:
-        """Have its memory on a GPU used again only after what the current stream has been asked to do by then."""
+        """Keep its memory on a GPU from being used again before the current stream's queued work is done."""
         if device.type != "cpu":
             for tensor in self.tensors:
                 tensor.record_stream(torch.cuda.current_stream(device))
 
     def rows(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The rows from `start`, a multiple of 256, in the dtype of the products; a view where they are kept in it."""
+        """Rows from `start`, a multiple of 256, in the dtype of the products; a view where they are stored in it."""
         stop = len(self.values) if stop is None else min(stop, len(self.values))
         if self.absmax is None:
             return self.values[start:stop].to(dtype)

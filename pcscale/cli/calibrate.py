@@ -23,21 +23,21 @@ def main(
     debug: DebugFlag = False,
 ) -> None:
     """Score every channel of the base, reading each of its weights once."""
-    from pcscale.config.load import check_values
-    from pcscale.jobs.evaluate import calibrate
+    from pcscale.config.load import check_settings
+    from pcscale.config.schema import CalibrateSettings
+    from pcscale.jobs.calibrate import calibrate
 
     values = {
         "base": base,
+        "data": data,
         "output": str(output),
-        "data": {"train": data},
         "importance": importance,
-        "start": "selection",  # The one that takes every kind of scores; none is made here.
-        "calibration_tokens": tokens,
+        "tokens": tokens,
         "sequence_length": sequence_length,
-        "per_device_train_batch_size": batch_size,
+        "batch_size": batch_size,
         "seed": seed,
     }
-    result = calibrate(check_values(values, "calibrate"))
+    result = calibrate(check_settings(CalibrateSettings, values, "calibrate"))
     if json:
         print_json(result)
     else:

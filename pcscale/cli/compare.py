@@ -31,8 +31,8 @@ def main(
     Runs must have the same tokenizer, sequence length, held-out text and training
     text; base, number of steps and all other settings may differ.
     """
-    from pcscale.reporting.compare import difference_rows, loss_rows, run_rows
-    from pcscale.reporting.compare_plot import write_comparison
+    from pcscale.reporting.compare import write_comparison
+    from pcscale.reporting.table import difference_rows, loss_rows, run_rows
 
     comparison = write_comparison(runs, output)
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pcscale.cli import calibrate, compare, compress, demo, evaluate, merge, plan, report, teach, verify
+from pcscale.cli import calibrate, compare, compress, demo, evaluate, merge, plan, recipes, report, teach, verify
 
 _UsageError: Any = typer.BadParameter.__base__  # Click's own, wherever this version of typer keeps it.
 
@@ -48,6 +48,7 @@ for name, module in (
     ("verify", verify),
     ("report", report),
     ("compare", compare),
+    ("recipes", recipes),
 ):
     app.command(name)(module.main)
 

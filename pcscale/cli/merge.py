@@ -1,5 +1,6 @@
 """`pcscale merge`: a checkpoint into an ordinary Hugging Face folder."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,10 @@ def main(
     checkpoint: Annotated[
         Path, typer.Argument(help="A step-… folder of a run, or a run folder (its last checkpoint).")
     ],
-    base: Annotated[str, typer.Option(help="The base that the checkpoint was trained on: folder or Hub id.")],
     output: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base: folder or Hub id. Absent: found by the name in the checkpoint.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.", rich_help_panel="Size")] = "5GB",
     max_memory: Annotated[
         str, typer.Option(help="Cap on anonymous memory, beside 300 MiB of interpreter.", rich_help_panel="Size")
@@ -31,20 +34,16 @@ def main(
     from pcscale.base.mapped import MappedBase
     from pcscale.base.resolve import resolve_base
     from pcscale.common.units import format_bytes, format_seconds, parse_bytes
-    from pcscale.merging.merge import merge, result_document
+    from pcscale.merging.merge import find_base, merge
     from pcscale.run.folder import RunFolder
+    from pcscale.run.manifest import Manifest
 
-    result = merge(
-        RunFolder(checkpoint).latest_checkpoint() or checkpoint,
-        lambda expected: MappedBase(resolve_base(base), expected),
-        output,
-        parse_bytes(max_shard_size),
-        parse_bytes(max_memory),
-        dtype,
-        resume,
-    )
+    folder = RunFolder(checkpoint).latest_checkpoint() or checkpoint
+    source = resolve_base(base) if base else find_base(Manifest.read(folder))
+    shard, memory = parse_bytes(max_shard_size), parse_bytes(max_memory)
+    result = merge(folder, MappedBase(source), output, shard, memory, dtype, resume)
     if json:
-        print_json(result_document(result))
+        print_json(asdict(result))
     else:
         print(
             f"{output}: {result.tensors} tensors in {result.shards} files, {format_bytes(result.bytes_written)}, "

@@ -1,4 +1,4 @@
-"""`pcscale teach`: what the base says of a text, kept for every run that is taught from it."""
+"""`pcscale teach`: teacher targets of a text, kept for every run that learns from them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +8,7 @@ import typer
 from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json
 
 if TYPE_CHECKING:
-    from pcscale.config.schema import RunConfig
+    from pcscale.config.schema import PlanConfig
 
 _DEFAULT_TOP_K = 64
 _SETTINGS = "Settings: what a run.yaml says, or instead of it"
@@ -48,7 +48,7 @@ def main(
     quiet: QuietFlag = False,
     debug: DebugFlag = False,
 ) -> None:
-    """Keep the base's most likely tokens for a text, so that runs on it are taught without running the base.
+    """Keep the base's most likely tokens for a text, so that runs on it learn without running the base.
 
     `compress` reads them where distill.cache names the folder. What is there already is not made again: an interrupted
     one goes on, and more text of the same base is added.
@@ -56,12 +56,9 @@ def main(
     from pcscale.common.units import format_bytes
     from pcscale.jobs.teach import teach
 
-    flags = {
-        "data": None if data is None else {"train": data},
-        "sequence_length": sequence_length,
-    }
     distill = {"cache": None if output is None else str(output), "top_k": top_k, "temperature": temperature}
-    result = teach(_settings(source, overrides or [], _given(flags), _given(distill)), tokens)
+    config, text = _settings(source, overrides or [], data, sequence_length, distill)
+    result = teach(config, text, tokens)
     if json:
         print_json(result)
     else:
@@ -71,23 +68,28 @@ def main(
         )
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flags.items() if value is not None}
-
-
-def _settings(source: str, overrides: list[str], flags: dict[str, Any], distill: dict[str, Any]) -> "RunConfig":
+def _settings(
+    source: str, overrides: list[str], data: list[str] | None, sequence_length: int | None, distill: dict[str, Any]
+) -> tuple["PlanConfig", list[str]]:
+    """The settings of the teacher and its text: of a run.yaml, or of a base and the flags; flags win."""
     from pcscale.common.errors import RequestError
-    from pcscale.config.load import apply_overrides, check_values, read_values
+    from pcscale.config.load import apply_overrides, check_settings, check_values, read_values
+    from pcscale.config.schema import PlanConfig
 
     of_run = Path(source).suffix in (".yaml", ".yml")
-    if not of_run and "data" not in flags:
-        raise RequestError(f"{source} is taken for a base, whose text is not known: give --data, or name a run.yaml.")
-    values = apply_overrides(read_values(Path(source)) if of_run else {"base": source, "output": "-"}, overrides)
-    values |= flags
+    values = apply_overrides(read_values(Path(source)) if of_run else {"base": source}, overrides)
+    if sequence_length is not None:
+        values["sequence_length"] = sequence_length
     found = {} if values.get("distill") is None else values["distill"]
     if isinstance(found, dict):
-        found = {"top_k": _DEFAULT_TOP_K} | _given(found) | distill
+        given = ({key: value for key, value in each.items() if value is not None} for each in (found, distill))
+        found = {"top_k": _DEFAULT_TOP_K} | next(given) | next(given)
         if "cache" not in found:
             raise RequestError("no folder to fill: give --output, or set distill.cache in run.yaml.")
         values["distill"] = found
-    return check_values(values, source if of_run else "teach")
+    if of_run:
+        config = check_values(values | ({"data": {"train": data}} if data else {}), source)
+        return config, config.data.train
+    if not data:
+        raise RequestError(f"{source} is taken for a base, whose text is not known: give --data, or name a run.yaml.")
+    return check_settings(PlanConfig, values, "teach"), data

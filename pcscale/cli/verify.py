@@ -16,7 +16,7 @@ def main(
     debug: DebugFlag = False,
 ) -> None:
     """Compare merged with live logits and a streamed with an in-memory step; hash checkpoint and base again."""
-    from pcscale.jobs.evaluate import verify
+    from pcscale.jobs.verify import verify
 
     result = verify(run)
     if json:

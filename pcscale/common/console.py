@@ -1,10 +1,11 @@
-"""What a person sees while a command works: messages, tables and progress, all on standard error.
+"""Messages and progress of a command, all on standard error.
 
 Standard output belongs to the result. On a terminal progress is a bar; elsewhere it is a plain line every few seconds.
-A library user sees nothing: only the command line turns the console on.
+All of it goes through the logger `pcscale`: the command line gives it a handler, the caller of the library configures
+it as any other (without a handler only warnings are seen), and progress bars belong to the command line alone.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,79 +20,88 @@ PLAIN_INTERVAL_SECONDS = 5.0
 
 
 @dataclass
-class Task:
-    """One running job: how much of it is done, and what to say beside the bar."""
+class ProgressTask:
+    """A running job that reports how far it is, with a bar on a terminal."""
 
     label: str | None
-    total: float
+    total: float | None  # None: nobody knows.
     unit: str
+    console: "Console"
+    bar: Progress | None = None
     done: float = 0.0
     note: str = ""
     started: float = field(default_factory=time.monotonic)
     last_line: float = field(default_factory=time.monotonic)
 
+    def advance(self, amount: float, note: str = "") -> None:
+        """Count `amount` more of the total as done; a note stands beside it until the next one."""
+        self.done += amount
+        self.note = note or self.note
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.done, text=self.describe())
+        elif self.label is not None and time.monotonic() - self.last_line >= PLAIN_INTERVAL_SECONDS:
+            self.last_line = time.monotonic()
+            self.console.say(f"{self.label}: {self.describe()}")
+
     def describe(self) -> str:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / seconds
-        left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        parts = [f"{self.done:,.0f}/{self.total:,.0f} {self.unit}", f"{rate:,.3g} {self.unit}/s"]
-        parts += [f"{format_seconds(left)} left"] + ([self.note] if self.note else [])
-        return " · ".join(parts)
+        """The share that is done, its rate and the time left."""
+        rate = self.done / max(time.monotonic() - self.started, 1e-9)
+        of_total = "" if self.total is None else f"/{self.total:,.0f}"
+        parts = [f"{self.done:,.0f}{of_total} {self.unit}", f"{rate:,.3g} {self.unit}/s"]
+        if self.total is not None:
+            left = (self.total - self.done) / rate if rate > 0 else float("inf")
+            parts.append(f"{format_seconds(left)} left")
+        return " · ".join([*parts, self.note] if self.note else parts)
 
 
-def _standard_error() -> RichConsole:
-    return RichConsole(file=sys.stderr, soft_wrap=True, markup=False, highlight=False)
+class _StandardError(logging.Handler):
+    """Prints messages as plain lines, around a progress bar where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rich = RichConsole(stderr=True, soft_wrap=True, markup=False, highlight=False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        self.rich.print(prefix + record.getMessage())
+
+
+logger = logging.getLogger("pcscale")
 
 
 class Console:
-    """Messages and progress; `quiet` leaves only warnings and errors."""
+    """Messages and progress."""
 
     def __init__(self) -> None:
-        self.quiet = True
-        self.rich = _standard_error()
+        self._handler: _StandardError | None = None
 
     def configure(self, quiet: bool) -> None:
-        self.quiet = quiet
-        self.rich = _standard_error()
+        """Print messages on standard error, as the command line does; `quiet` leaves only warnings."""
+        self._handler = _StandardError()
+        others = [handler for handler in logger.handlers if not isinstance(handler, _StandardError)]
+        logger.handlers[:] = [*others, self._handler]
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        logger.propagate = False
 
     def say(self, text: str) -> None:
-        if not self.quiet:
-            self.rich.print(text)
+        logger.info("%s", text)
 
     def warn(self, text: str) -> None:
-        self.rich.print(f"warning: {text}")
+        logger.warning("%s", text)
 
     @contextmanager
-    def progress(self, label: str | None, total: float, unit: str) -> Iterator["Tracker"]:
+    def progress(self, label: str | None, total: float | None, unit: str) -> Iterator[ProgressTask]:
         """Show progress while the block runs; call `advance` on what it yields. Without a label nothing is shown."""
-        task = Task(label, total, unit)
-        if label is None or self.quiet or not self.rich.is_terminal:
-            tracker = Tracker(self, task, None)
-            yield tracker
+        task = ProgressTask(label, total, unit, self)
+        rich = self._handler.rich if self._handler and logger.isEnabledFor(logging.INFO) else None
+        if label is None or rich is None or not rich.is_terminal:
+            yield task
             return
         label_column = TextColumn("{task.description}", markup=False)
         columns = (label_column, BarColumn(), TextColumn("{task.fields[text]}", markup=False))
-        with Progress(*columns, console=self.rich, transient=True) as bar:
-            bar.add_task(label, total=total, text="")
-            yield Tracker(self, task, bar)
-
-
-@dataclass
-class Tracker:
-    """The handle that a running job reports through."""
-
-    console: Console
-    task: Task
-    bar: Progress | None
-
-    def advance(self, amount: float, note: str = "") -> None:
-        self.task.done += amount
-        self.task.note = note or self.task.note
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.task.done, text=self.task.describe())
-        elif self.task.label is not None and time.monotonic() - self.task.last_line >= PLAIN_INTERVAL_SECONDS:
-            self.task.last_line = time.monotonic()
-            self.console.say(f"{self.task.label}: {self.task.describe()}")
+        with Progress(*columns, console=rich, transient=True) as task.bar:
+            task.bar.add_task(label, total=total, text="")
+            yield task
 
 
 console = Console()

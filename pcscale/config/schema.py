@@ -308,6 +308,11 @@ class PlanConfig(BaseModel):
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.sequence_length
 
+    def wanted_sequences(self, world_size: int) -> int:
+        """The most training sequences that a run on so many ranks can use without repeating one."""
+        trained_on = self.max_steps * self.sequences_per_step * world_size
+        return max(trained_on, self.calibration_tokens // self.sequence_length)
+
 
 class RunConfig(PlanConfig):
     """One run: the settings that `pcscale compress` reads from run.yaml."""

@@ -176,12 +176,6 @@ def read_sequences(
     return tokens_N[: full * sequence_length].view(full, sequence_length)
 
 
-def wanted_sequences(config: RunConfig, world_size: int) -> int:
-    """The most training sequences that a run on so many ranks can use without repeating one."""
-    trained_on = config.max_steps * config.sequences_per_step * world_size
-    return max(trained_on, config.calibration_tokens // config.sequence_length)
-
-
 def prepare_tokens(
     config: RunConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path, train_sequences: int, vocab_size: int
 ) -> TokenSets:

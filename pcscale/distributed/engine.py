@@ -28,24 +28,21 @@ from pcscale.common.errors import RequestError
 from pcscale.common.ledger import ENGINE, GRADIENTS, WEIGHTS, ledger
 from pcscale.distributed.census import held_tensors, stored_bytes
 from pcscale.distributed.group import ProcessGroup
-from pcscale.distributed.settings import zero_stage
+from pcscale.distributed.settings import EngineSettings
 from pcscale.projection.owners import Round
 
 
-def check_settings(file: str, settings: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed itself would, before any work.
-
-    Args:
-        file: what the message calls them.
+def check_settings(settings: EngineSettings) -> None:
+    """Refuse settings that DeepSpeed itself would refuse, before any work.
 
     Raises:
         RequestError: DeepSpeed cannot read them.
     """
     try:
-        DeepSpeedConfig(settings)
+        DeepSpeedConfig(settings.values)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"{file}: DeepSpeed refuses it: {reason}. See deepspeed_configs/README.md.") from error
+        raise RequestError(f"{settings.file}: DeepSpeed refuses it: {reason}. See deepspeed_configs/README.md.") from error
 
 
 class _Listing(torch.optim.Optimizer):
@@ -61,12 +58,12 @@ class _Listing(torch.optim.Optimizer):
 class DeepSpeedEngine:
     """An `Engine` (projection/engine.py) whose weights and gradients DeepSpeed keeps.
 
-    Until `start` the model is whole on every rank: a resumed run publishes its weights into it before DeepSpeed takes
+    Until `take_over` the model is whole on every rank: a resumed run publishes its weights into it before DeepSpeed takes
     it apart.
 
     Args:
         model: the compressed model.
-        settings: of DeepSpeed, filled in (settings.py).
+        settings: DeepSpeed's, filled in.
 
     Memory: what the ZeRO stage says (deepspeed_configs/README.md); in a step the gradient that this rank works on, and
     on every rank the weights of a round, until those of the next one are published.
@@ -74,23 +71,23 @@ class DeepSpeedEngine:
 
     gradients_on = "engine"
 
-    def __init__(self, model: nn.Module, settings: dict[str, Any], group: ProcessGroup) -> None:
+    def __init__(self, model: nn.Module, settings: EngineSettings, group: ProcessGroup) -> None:
         self.topology, self.device = group.topology, group.device
-        self._group, self._settings, self._stage = group, settings, zero_stage(settings)
+        self._group, self._settings, self._stage = group, settings.values, settings.stage
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         self.dtype = next(iter(self._parameters.values())).dtype
         self._engine: Any = None
         self._scale = 1.0
-        self._placed: dict[str, torch.Tensor] = {}
+        self._destinations: dict[str, torch.Tensor] = {}
         """What this rank publishes next, where the model's own weight is not whole."""
         self._entered: dict[tuple[str, str], int] = {}
         """In the ledger, by component and home; the model has entered its weights, whole, itself."""
         self._sent: list[tuple[str, torch.Tensor, Any]] = []
         """Broadcasts under way: while they are, the next matrices are worked on."""
 
-    def start(self, loss_module: nn.Module) -> nn.Module:
-        self._settle()
+    def take_over(self, loss_module: nn.Module) -> nn.Module:
+        self._finish_publishing()
         if self._stage == 3:
             # Part by part: DeepSpeed's own start would put the whole model on each device first.
             deepspeed.zero.Init(module=loss_module, config_dict_or_path=self._settings)
@@ -122,7 +119,7 @@ class DeepSpeedEngine:
         return self._group.sum([value.item()])[0] / self.topology.world_size
 
     def value(self, name: str) -> torch.Tensor:
-        self._settle()
+        self._finish_publishing()
         parameter = self._parameters[name]
         if self._whole:
             return parameter.detach()
@@ -145,10 +142,10 @@ class DeepSpeedEngine:
         self._scale = min(1.0, max_norm / (norm + 1e-6))
         return torch.tensor(norm)
 
-    def fetch(self, turn: Round) -> torch.Tensor | None:
+    def round_gradient(self, sweep_round: Round) -> torch.Tensor | None:
         """Raises: RuntimeError: another rank is gone."""
         mine = None
-        for rank, name in enumerate(turn):
+        for rank, name in enumerate(sweep_round):
             if name is not None and (rank == self.topology.rank or not self._whole):
                 gradient = self._full_gradient(name)
                 mine = gradient.mul_(self._scale) if rank == self.topology.rank else mine
@@ -157,32 +154,32 @@ class DeepSpeedEngine:
     def gradient(self, name: str) -> torch.Tensor:
         return self._full_gradient(name).mul_(self._scale)
 
-    def place(self, name: str) -> torch.Tensor:
+    def destination(self, name: str) -> torch.Tensor:
         if self._in_place:
             return self._parameters[name].detach()
-        self._placed[name] = self._empty(name)
-        return self._placed[name]
+        self._destinations[name] = self._empty(name)
+        return self._destinations[name]
 
-    def publish(self, turn: Round) -> None:
-        self._settle()
-        for rank, name in enumerate(turn):
+    def publish(self, sweep_round: Round) -> None:
+        self._finish_publishing()
+        for rank, name in enumerate(sweep_round):
             if name is not None:
-                value = self._parameters[name].detach() if self._in_place else self._placed.pop(name, None)
+                value = self._parameters[name].detach() if self._in_place else self._destinations.pop(name, None)
                 value = self._empty(name) if value is None else value
                 under_way = dist.broadcast(value, rank, async_op=True) if self.topology.world_size > 1 else None
                 self._sent.append((name, value, under_way))
 
     def replace(self, name: str, value: torch.Tensor) -> None:
-        self._settle()
+        self._finish_publishing()
         self._set(name, value)
 
     def clear(self) -> None:
-        self._settle()
+        self._finish_publishing()
         self._engine.step()
         self._scale = 1.0
         self._enter_held()
 
-    def stop(self) -> None:
+    def release(self) -> None:
         """Give back what DeepSpeed holds: its objects refer to each other from where no collector reaches."""
         self._engine.destroy()
         parameters = list(self._parameters.values())
@@ -208,7 +205,7 @@ class DeepSpeedEngine:
             ledger.enter(*key, held.get(key, 0) - self._entered.get(key, 0))
         self._entered = held
 
-    def _settle(self) -> None:
+    def _finish_publishing(self) -> None:
         """Wait for what has been published, and make it the model's."""
         for name, value, under_way in self._sent:
             if under_way is not None:

@@ -1,4 +1,4 @@
-"""The processes of a run, started by torchrun, the deepspeed launcher or SLURM, and what they say to each other."""
+"""The processes of a run, started by torchrun, the deepspeed launcher or SLURM, and how they talk to each other."""
 
 import os
 import socket
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from pcscale.common.topology import Topology
-from pcscale.distributed.ops import prepare_ops
 
 # DeepSpeed's own calls, which torch 2.13 has renamed.
 warnings.filterwarnings(
@@ -20,22 +19,22 @@ warnings.filterwarnings(
 )
 
 _PATIENCE = timedelta(days=7)
-"""How long a rank waits for what others say, who may merge a large model meanwhile. gloo notices one that dies."""
+"""Time that a rank waits for the others, who may merge a large model meanwhile. gloo notices one that dies."""
 _PATIENCE_ON_DEVICES = timedelta(hours=1)
-"""How long for gradients and weights over NCCL, which does not notice."""
+"""Time that a rank waits for gradients and weights over NCCL, which does not notice."""
 
 
 class ProcessGroup:
     """All ranks of this run.
 
     Raises:
-        RequestError: a build of DeepSpeed's op was killed, and would be waited for.
         RuntimeError: the other ranks cannot be reached.
     """
 
     def __init__(self) -> None:
         _name_the_lone_process()
-        prepare_ops()
+        # For processors DeepSpeed would compile an op to sum over shared memory, which training never calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         accelerator = get_accelerator()
         assert accelerator is not None
         launched = Topology.launched()
@@ -64,7 +63,7 @@ class ProcessGroup:
 
 
 def _name_the_lone_process() -> None:
-    """What a launcher would have set, for a process that was started by hand."""
+    """Set what a launcher would have set, for a process that was started by hand."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:

@@ -1,11 +1,12 @@
 """A DeepSpeed file beside run.yaml: what run.yaml decides is filled in, what contradicts it is refused."""
 
 from copy import deepcopy
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json
+from pcscale.config.files import resolve_deepspeed
 from pcscale.config.schema import RunConfig
 
 AUTO = "auto"
@@ -18,18 +19,41 @@ _OURS = {
 _SECTIONS = ("zero_optimization", "bf16", "data_types")
 
 
-def read_engine_settings(path: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The settings that DeepSpeed is started with.
+@dataclass(frozen=True)
+class EngineSettings:
+    """The settings that DeepSpeed is started with: a file, with what run.yaml decides filled in.
+
+    Attributes:
+        file: the name that run.yaml gives it.
+        values: for `deepspeed.initialize`.
+        moved_to_stage_1: whether bfloat16 was asked for at stage 0, where DeepSpeed keeps float32 copies that overwrite
+            a weight which somebody else has set.
+    """
+
+    file: str
+    values: dict[str, Any]
+    moved_to_stage_1: bool
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The section `zero_optimization`."""
+        return self.values.get("zero_optimization", {})
+
+    @property
+    def stage(self) -> int:
+        return zero_stage(self.values)
+
+
+def read_engine_settings(file: str, config: RunConfig, world_size: int) -> EngineSettings:
+    """Read the file that run.yaml's `deepspeed` names, a path or the name of one that pcscale brings.
 
     Args:
-        path: the file that run.yaml's `deepspeed` names.
         world_size: how many ranks share a step.
 
     Raises:
         RequestError: the file says something else than run.yaml, or brings what pcscale brings itself.
     """
-    if not path.is_file():
-        raise RequestError(f"deepspeed: {path} does not exist. Name a file of deepspeed_configs/.")
+    path = resolve_deepspeed(file)
     settings = read_json(path)
     if not isinstance(settings, dict):
         raise RequestError(f"{path} holds no settings: expected one JSON object.")
@@ -72,21 +96,14 @@ def read_engine_settings(path: Path, config: RunConfig, world_size: int) -> dict
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
     }
-    return filled
+    moves = config.bf16 and stage == 0
+    if moves:
+        filled["zero_optimization"] = filled.get("zero_optimization", {}) | {"stage": 1}
+    return EngineSettings(file, filled, moves)
 
 
 def zero_stage(settings: dict[str, Any]) -> Any:
     return settings.get("zero_optimization", {}).get("stage", 0)
-
-
-def without_replicated_bf16(settings: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The same settings where bfloat16 at stage 0 has become stage 1, and whether that was so.
-
-    At stage 0 DeepSpeed keeps float32 copies that overwrite a weight which somebody else has set.
-    """
-    if settings["bf16"]["enabled"] and zero_stage(settings) == 0:
-        return settings | {"zero_optimization": settings.get("zero_optimization", {}) | {"stage": 1}}, True
-    return settings, False
 
 
 def _look_up(settings: Any, keys: tuple[str, ...]) -> Any:

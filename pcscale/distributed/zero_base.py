@@ -23,21 +23,21 @@ class ZeroBase(MappedBase):
     Args:
         source: the checkpoint folder.
         expected: fingerprints that the base must have.
-        settings: of DeepSpeed, of which `zero_optimization.offload_param` counts; absent: host memory.
+        zero: DeepSpeed's section `zero_optimization`, whose `offload_param` counts; absent: host memory.
         group: the ranks.
 
     Memory: the weights' bytes over the number of ranks; on each rank the gathered weight, and those under way: the
     next one of a sweep, the next layer of a pass through the model.
     """
 
-    home = "zero"
+    placement = "zero"
     collective = True
 
     def __init__(
-        self, source: BaseFolder, expected: dict[str, str] | None, settings: dict[str, Any], group: Group
+        self, source: BaseFolder, expected: dict[str, str] | None, zero: dict[str, Any], group: Group
     ) -> None:
         super().__init__(source, expected)
-        offload = settings.get("zero_optimization", {}).get("offload_param", {"device": "cpu"})
+        offload = zero.get("offload_param", {"device": "cpu"})
         self._settings = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3, "offload_param": offload, "stage3_param_persistence_threshold": 0},

@@ -14,34 +14,15 @@ from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.topology import ALONE, Group
 from pcscale.model.loss import NextTokenLoss
+from pcscale.run.record import ModelResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How well a model predicts held-out text.
-
-    Attributes:
-        loss: mean next-token loss. Units: nats a token.
-        bits_per_byte: total loss over the text's UTF-8 bytes. Units: bits a byte.
-        tokens: tokens that were predicted.
-        parameters: the model's size, tied embeddings counted once.
-        tokens_per_second: of this evaluation.
-    """
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    parameters: int
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
 class HeldOut:
-    """Held-out sequences `[M, T]`, and the UTF-8 bytes of the text that they predict."""
+    """Held-out sequences `[M, T]`, with the number of UTF-8 bytes of the text that they predict."""
 
     ids_MT: torch.Tensor
     text_bytes: int
@@ -50,11 +31,18 @@ class HeldOut:
     def predicted_tokens(self) -> int:
         return self.ids_MT.shape[0] * (self.ids_MT.shape[1] - 1)
 
-    def result(self, loss: float, parameters: int, seconds: float) -> Evaluation:
-        """Raises: RequestError: the loss is not finite."""
+    def result(self, loss: float, parameters: int, seconds: float) -> ModelResult:
+        """The result of a model.
+
+        Args:
+            seconds: time that its evaluation took.
+
+        Raises:
+            RequestError: the loss is not finite.
+        """
         if not math.isfinite(loss):
             raise RequestError(f"the held-out loss is {loss}: the model's outputs are not finite. Check its weights.")
-        return Evaluation(
+        return ModelResult(
             loss=loss,
             # A hopeless model's perplexity is past what a float holds.
             perplexity=math.exp(min(loss, 700.0)),
@@ -67,7 +55,7 @@ class HeldOut:
 
 def evaluate_base(
     base: MappedBase, parameters: int, held_out: HeldOut, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> Evaluation:
+) -> ModelResult:
     """The base's result, layer-major over its mapped weights. Memory: one layer and the waiting hidden states."""
     started = time.monotonic()
     batches = list(held_out.ids_MT.split(batch_size))
@@ -108,7 +96,7 @@ def mean_loss(
     return group.sum([total])[0] / len(ids_MT)
 
 
-def evaluate_model(model: "PreTrainedModel", held_out: HeldOut, batch_size: int, label: str) -> Evaluation:
+def evaluate_model(model: "PreTrainedModel", held_out: HeldOut, batch_size: int, label: str) -> ModelResult:
     """The result of a stock model that is in memory."""
     started = time.monotonic()
     device = next(model.parameters()).device

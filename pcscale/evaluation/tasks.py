@@ -1,13 +1,22 @@
-"""Downstream tasks: which ones `--tasks` asks for, and task files of one's own, read as data. Needs no lm_eval."""
+"""Downstream tasks of EleutherAI's lm-evaluation-harness (`lm_eval`, the extra `eval`) on stock models in memory."""
 
-from collections.abc import Iterable
+import difflib
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from pcscale.common.console import ProgressTask, console
+from pcscale.common.errors import PcscaleError, RequestError, RunError
+from pcscale.data.text import silence_datasets
 
-from pcscale.common.errors import RequestError
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASK_SETS = {
     "paper": (
@@ -18,61 +27,51 @@ TASK_SETS = {
 """Names that stand for several tasks of the harness. `paper`: those of Stefaniak et al., 2025."""
 
 MAIN_METRICS = ("acc_norm", "acc")
-"""What a task adds to the mean: the first of these that it has."""
+"""A task adds the first of these metrics that it has to the mean accuracy."""
 
-_DATA_FORMATS = ("json", "csv", "parquet", "text")
-_GENERATION_KEYS = (
-    *("until", "do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"),
-    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+_BOOTSTRAPS = 1000
+"""Resamples behind the standard error of a metric that has no formula for it, such as perplexity."""
+
+_LOGGERS = ("lm_eval", "transformers", "datasets", "huggingface_hub")
+_EXPECTED_WARNINGS = (
+    "`pretrained` model kwarg",
+    "Passed an already-initialized model",
+    "Overwriting default num_fewshot",
 )
-"""What a task file may say of how answers are written. All goes to `generate` of transformers, which runs code that
-some other keys name."""
-
-TaskSpec = str | dict[str, Any]
-"""A name that the harness knows, or the content of a task file."""
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """What is asked of every model.
+    """Tasks to run, alike on every model.
 
     Attributes:
-        specs: by name or, of a task file, by path.
+        names: tasks, groups or tags of the harness.
         num_fewshot: solved examples in a prompt; None: the task's own number, which is 0 where it has none.
         limit: at most so many documents of a task, the first ones; None: all.
         batch_size: prompts at a time.
-    """
-
-    specs: dict[str, TaskSpec]
-    num_fewshot: int | None
-    limit: int | None
-    batch_size: int
-
-
-def task_specs(names: Iterable[str]) -> dict[str, TaskSpec]:
-    """What the values of `--tasks` stand for, in their order, each once.
-
-    Args:
-        names: one or several with commas between: a key of `TASK_SETS`, a `.yaml` file, a folder of them (written
-            with a slash, as `./tasks`), or what the harness knows: a task, a group or a tag.
 
     Raises:
-        RequestError: nothing is named, or a file is missing, broken or not data alone.
+        RequestError: no task is named, or a number is out of range.
     """
-    specs: dict[str, TaskSpec] = {}
-    for name in (part.strip() for value in names for part in value.split(",")):
-        path = Path(name).expanduser()
-        if name in TASK_SETS:
-            specs |= {task: task for task in TASK_SETS[name]}
-        elif path.suffix == ".yaml":
-            specs[str(path)] = _read_task(path)
-        elif "/" in name:
-            specs |= _read_folder(path)
-        elif name:
-            specs[name] = name
-    if not specs:
-        raise RequestError("--tasks names no task. Write for instance --tasks arc_easy,piqa or --tasks paper.")
-    return specs
+
+    names: tuple[str, ...]
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise RequestError("--tasks names no task. Write for instance --tasks arc_easy,piqa or --tasks paper.")
+        for name, least in (("num_fewshot", 0), ("limit", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RequestError(f"{name} is {value}, expected at least {least}.")
+
+
+def task_names(values: Iterable[str]) -> tuple[str, ...]:
+    """The tasks that `values` name, in their order, each once: several with commas between, a key of `TASK_SETS`."""
+    names = (part.strip() for value in values for part in value.split(","))
+    return tuple(dict.fromkeys(task for name in names if name for task in TASK_SETS.get(name, (name,))))
 
 
 def mean_accuracy(results: dict[str, dict[str, Any]]) -> float | None:
@@ -86,68 +85,115 @@ def main_metric(result: dict[str, Any]) -> str | None:
     return next((metric for metric in MAIN_METRICS if result.get(metric) is not None), None)
 
 
-def _read_folder(folder: Path) -> dict[str, TaskSpec]:
-    if not folder.is_dir():
-        raise RequestError(f"{folder} is no folder. Name a task, a .yaml file or a folder of .yaml files.")
-    # A file without `task` is what others include.
-    found = {str(path): values for path in sorted(folder.glob("*.yaml")) if "task" in (values := _read_yaml(path, ()))}
-    if not found:
-        raise RequestError(f"{folder} holds no task: no .yaml file in it has the key `task`.")
-    return {path: _check(values, path) for path, values in found.items()}
+class DownstreamTasks:
+    """The tasks of a request, found in the harness; `run` asks them of one model.
+
+    Raises:
+        RequestError: lm_eval is not installed, or has no task of a name.
+    """
+
+    def __init__(self, request: TaskRequest) -> None:
+        if find_spec("lm_eval") is None:
+            raise RequestError("--tasks needs the package lm_eval. Run `pip install 'pcscale[eval]'`.")
+        from lm_eval.tasks import TaskManager
+
+        self.request = request
+        self.manager = TaskManager()
+        for name in request.names:
+            if name not in self.manager.task_index:
+                nearest = difflib.get_close_matches(name, self.manager.all_tasks, n=1, cutoff=0.0)[0]
+                raise RequestError(f"{name} is no task of lm_eval. Did you mean '{nearest}'?")
+
+    def run(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", label: str) -> dict[str, Any]:
+        """Ask a stock model in memory. Data is read from the Hub's cache; draws begin at the harness's own seeds.
+
+        Returns:
+            `tasks`: by name the metrics, their standard errors as `<metric>_stderr` where there is one, and `samples`,
+            with the tasks of a group or tag in its place; and `mean_accuracy`, None where no task has an accuracy.
+
+        Raises:
+            RequestError: the model's outputs are not finite.
+            RunError: a task's data cannot be read, or the harness failed.
+        """
+        from lm_eval import evaluator
+        from lm_eval.models.huggingface import HFLM
+
+        evaluator.get_git_commit_hash = lambda: None  # git complains on standard error where there is no repository.
+        os.environ["DISABLE_MULTIPROC"] = "1"  # It would fork a process that has threads, to resample for a second.
+        names = ", ".join(self.request.names)
+        console.say(f"{label}: {names}")
+        try:
+            with console.progress(label, None, "answers") as progress, _silenced():
+                adapter: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.request.batch_size)  # pyright: ignore[reportCallIssue]
+                adapter.set_cache_hook(_AnswerHook(progress))
+                found: Any = evaluator.simple_evaluate(
+                    model=adapter,
+                    tasks=list(self.request.names),  # pyright: ignore[reportArgumentType]
+                    task_manager=self.manager,
+                    num_fewshot=self.request.num_fewshot,
+                    limit=self.request.limit,
+                    bootstrap_iters=_BOOTSTRAPS,
+                    log_samples=False,
+                )
+        except PcscaleError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise RunError(f"lm_eval failed on {names} ({reason}).") from error
+        samples = found["n-samples"]
+        results = {name: _figures(found["results"][name], samples[name]["effective"]) for name in samples}
+        return {"tasks": results, "mean_accuracy": mean_accuracy(results)}
 
 
-def _read_task(path: Path) -> dict[str, Any]:
-    return _check(_read_yaml(path, ()), str(path))
+class _AnswerHook:
+    """The harness's hook for a cache of answers, called with every answer as it comes."""
+
+    def __init__(self, progress: ProgressTask) -> None:
+        self._progress = progress
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        value = res[0] if isinstance(res, tuple) else res
+        if isinstance(value, float) and math.isnan(value):
+            raise RequestError("a log-likelihood is nan: the model's outputs are not finite. Check its weights.")
+        self._progress.advance(1)
 
 
-def _check(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """The content of a task file that is one task, on data that is read and never run."""
-    if not isinstance(values.get("task"), str):
-        raise RequestError(f"{path} has no name in `task`. Name one task there; groups are for the harness's own.")
-    source = values.get("dataset_path")
-    if not isinstance(source, str) or (source not in _DATA_FORMATS and "/" not in source):
-        raise RequestError(
-            f"{path}: dataset_path is {source!r}, expected {', '.join(_DATA_FORMATS)} or a Hub data set (owner/name)."
-        )
-    generation = values.get("generation_kwargs") or {}
-    unknown = [key for key in generation if key not in _GENERATION_KEYS] if isinstance(generation, dict) else generation
-    if unknown:
-        raise RequestError(
-            f"{path}: generation_kwargs has {unknown!r}, expected a mapping with no other keys than "
-            f"{', '.join(_GENERATION_KEYS)}. Leave it out, or run the task with lm_eval itself."
-        )
-    return values
+def _figures(result: dict[str, Any], samples: int) -> dict[str, Any]:
+    """Numbers alone; `acc,none` is `acc`, and a filter that has a name stays: `exact_match,strict-match`."""
+    numbers = {
+        key.removesuffix(",none"): float(value)
+        for key, value in result.items()
+        if "," in key and isinstance(value, int | float) and math.isfinite(value)
+    }
+    return {**numbers, "samples": samples}
 
 
-class _DataLoader(yaml.SafeLoader):
-    """The safe loader; what the harness would import and run is named as such."""
+class _Warnings(logging.Handler):
+    """Show the harness's warnings on the console, each place in its source once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._seen: set[tuple[str, int]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message, place = " ".join(record.getMessage().split())[:200], (record.pathname, record.lineno)
+        if place not in self._seen and not message.startswith(_EXPECTED_WARNINGS):
+            self._seen.add(place)
+            console.warn(f"lm_eval: {message}")
 
 
-def _refuse_code(loader: _DataLoader, node: yaml.Node) -> None:
-    raise RequestError(
-        f"{node.start_mark.name}: line {node.start_mark.line + 1} has !function, which would run code. "
-        "A task file is read as data: write a template, or run the task with lm_eval itself."
-    )
-
-
-_DataLoader.add_constructor("!function", _refuse_code)
-
-
-def _read_yaml(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in a file, on top of those that it includes, as the harness has it."""
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Hide what the harness and the libraries below it print; its warnings go to the console."""
+    silence_datasets()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
+    loggers[0].handlers = [_Warnings()]
     try:
-        with path.open(encoding="utf-8") as stream:
-            values = yaml.load(stream, Loader=_DataLoader)
-    except RequestError:
-        raise
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise RequestError(f"{path} holds no task. Write one `key: value` a line.")
-    if path.resolve() in including:
-        raise RequestError(f"{path} includes itself. Remove one `include`.")
-    includes = values.pop("include", [])
-    merged: dict[str, Any] = {}
-    for name in includes if isinstance(includes, list) else [includes]:
-        merged |= _read_yaml(path.parent / str(name), (*including, path.resolve()))
-    return merged | values
+        with Path(os.devnull).open("w") as sink, redirect_stdout(sink), redirect_stderr(sink):
+            yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate

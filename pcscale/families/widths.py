@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from pcscale.common.errors import RequestError
-from pcscale.config.schema import RunConfig
+from pcscale.config.schema import PlanConfig
 from pcscale.families.plan import Plan
 from pcscale.families.spec import Config, Family
 
@@ -27,7 +27,7 @@ def search_step(width: int, legal_multiple: int) -> int:
     return next((step for step in steps if step <= MAX_STEP_FRACTION * width), legal_multiple)
 
 
-def make_plan(family: Family, base_config: Config, config: RunConfig) -> Plan:
+def make_plan(family: Family, base_config: Config, config: PlanConfig) -> Plan:
     """The widths that the settings ask for, in whichever of the three ways; half of the parameters by default."""
     if config.hidden_size is not None and config.intermediate_size is not None:
         return plan_widths(family, base_config, config.hidden_size, config.intermediate_size)

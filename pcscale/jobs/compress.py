@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.calibration.collect import collect_scores, read_rebuilt, read_scores, write_rebuilt, write_scores
 from pcscale.calibration.select import select
@@ -18,37 +17,31 @@ from pcscale.common.console import console
 from pcscale.common.files import read_json, write_json
 from pcscale.common.ledger import ledger
 from pcscale.common.ranks import on_every_rank, on_first_rank
-from pcscale.common.topology import ALONE, Group, Topology
+from pcscale.common.topology import ALONE
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import TEXT_FREE, RunConfig
-from pcscale.data.text import describe
-from pcscale.data.tokens import TokenSets, count_text_bytes, load_tokenizer, prepare_tokens, wanted_sequences
+from pcscale.data.tokens import TokenSets, count_text_bytes, prepare_tokens
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
+from pcscale.jobs.build import open_training, teacher_of
 from pcscale.jobs.fit import check_fit, check_requests, predict, say_plan, try_merge
-from pcscale.jobs.processes import check_processes, processes, reported_once
-from pcscale.jobs.run import Setup, build_training_parts, prepare
+from pcscale.jobs.processes import processes, read_engine, reported_once
+from pcscale.jobs.run import Run, open_run
 from pcscale.memory.limits import device_in_use, device_limit, host_in_use, host_limit
+from pcscale.memory.measure import MemoryMeter, Series, allocator_snapshot
 from pcscale.memory.process import machine
-from pcscale.memory.series import Series
-from pcscale.memory.tracker import Tracker, Usage, allocator_snapshot
 from pcscale.memory.watchdog import Watchdog
 from pcscale.merging.merge import merge
 from pcscale.model.compressed import load_stock
-from pcscale.model.loss import NextTokenLoss
-from pcscale.projection.persist import read_fixed
+from pcscale.projection.checkpoint import read_fixed
 from pcscale.projection.starts import Start, make_start
-from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.reporting.report import write_report
-from pcscale.run.folder import RunFolder, check_output, cut_metrics, open_run
-from pcscale.run.manifest import Manifest
+from pcscale.run.documents import read_document, write_document
+from pcscale.run.folder import RunFolder, begin_folder
+from pcscale.run.metrics import cut_metrics
+from pcscale.run.record import Evaluation, GeneratedText, MemoryLimits, ModelResult, RunUsage
 from pcscale.training.loop import Training, evaluate_now, train
-from pcscale.training.state import TrainingState, check_batch, check_checkpoint, check_text, load_checkpoint
-from pcscale.training.teacher import CachedTeacher, Teacher, find_taught
-from pcscale.training.teacher_cache import TeacherCache, open_cache
-from pcscale.training.trackers import check_trackers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pcscale.training.state import check_text
+from pcscale.training.teacher import CachedTeacher
 
 SAMPLE_PROMPT_TOKENS = 24
 SAMPLE_NEW_TOKENS = 48
@@ -63,7 +56,7 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False, for
         force: begin also what is predicted not to fit.
 
     Returns:
-        What report.json holds; with `dry_run` what plan.json would hold.
+        The contents of report.json; with `dry_run` those that plan.json would have.
 
     Raises:
         RequestError: the request is wrong; found before anything is written where it can be.
@@ -73,245 +66,176 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False, for
     """
     config = config.resolved()
     folder = RunFolder(Path(config.output).expanduser())
+    engine = reported_once(lambda: read_engine(config))
     if dry_run:
-        reported_once(lambda: check_processes(config))
-        begun = _begin(config, resume, force, folder.latest_checkpoint(), ALONE, dry_run)
-        say_plan(begun.document, begun.setup, config, folder)
-        return begun.document
-    with processes(config) as group:
+        run = open_run(config, resume, engine, ALONE, folder.latest_checkpoint())
+        document = _check(run, force)
+        say_plan(document, run)
+        return document
+    with processes(engine) as group:
         # One rank looks, since two hosts may see a folder that they share at different times.
         checkpoint = on_first_rank(group, folder.latest_checkpoint)
-        begun = on_every_rank(group, lambda: _begin(config, resume, force, checkpoint, group))
-        return _go_on(begun, config, resume)
+
+        def begin() -> tuple[Run, dict[str, Any]]:
+            run = open_run(config, resume, engine, group, checkpoint)
+            if run.is_first:
+                run.folder.clear_residency()
+            return run, _check(run, force)
+
+        run, document = on_every_rank(group, begin)
+        on_first_rank(group, lambda: begin_folder(config, resume))
+        return _Job(run).finish(document)
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """A run whose request was found to be right; nothing has been written yet."""
-
-    setup: Setup
-    tokenizer: "PreTrainedTokenizerBase"
-    document: dict[str, Any]
-    checkpoint: Path | None
-    manifest: Manifest | None
-    cache: TeacherCache | None
+def _check(run: Run, force: bool) -> dict[str, Any]:
+    """The run's plan, after it was found to fit."""
+    check_requests(run)
+    document = predict(run)
+    check_fit(document, run, force)
+    return document
 
 
-def _begin(
-    config: RunConfig, resume: bool, force: bool, checkpoint: Path | None, group: Group, dry_run: bool = False
-) -> _Begun:
-    check_trackers(config)
-    folder = RunFolder(Path(config.output).expanduser())
-    check_output(folder, config, resume)
-    manifest = Manifest.read(checkpoint) if checkpoint else None
-    setup = prepare(config, manifest.base_fingerprints if manifest else None, group)
-    if checkpoint and manifest:
-        check_checkpoint(manifest, setup.plan, config.method, setup.base)
-        check_batch(checkpoint, config, Topology.launched().world_size)
-    cache = open_cache(config, setup.base, manifest)
-    tokenizer = load_tokenizer(setup.source.folder, config.trust_remote_code)
-    for sources in (config.data.train, config.data.validation or []):
-        describe(sources)
-    if not dry_run and group.topology.is_first:
-        folder.clear_residency()
-    check_requests(setup, config, folder)
-    document = predict(setup, config)
-    check_fit(document, setup, config, folder, force)
-    return _Begun(setup, tokenizer, document, checkpoint, manifest, cache)
+class _Job:
+    """The parts of one run, each of which leaves its result in the run folder."""
 
-
-def _go_on(begun: _Begun, config: RunConfig, resume: bool) -> dict[str, Any]:
-    """Everything after the checks: the first rank writes the run folder; all of them train."""
-    group, checkpoint, manifest = begun.setup.group, begun.checkpoint, begun.manifest
-    folder = on_first_rank(group, lambda: open_run(config, resume))
-    run = _Run(config, folder, begun.setup, begun.tokenizer, begun.cache)
-
-    def first_results() -> None:
-        if not checkpoint:
-            folder.clear_results()
-        write_json(folder.plan, begun.document)
-        say_plan(begun.document, begun.setup, config, folder)
-        try_merge(begun.setup, config, folder)
-        run.prepare_tokens()
-
-    # The other ranks find the tokens that the first one has prepared.
-    on_first_rank(group, first_results)
-    on_every_rank(group, lambda: None if group.topology.is_first else run.prepare_tokens())
-    on_every_rank(group, run.find_taught)
-    if checkpoint and manifest:
-        on_every_rank(group, lambda: check_text(checkpoint, run.tokens.fingerprint))
-        start = Start(read_fixed(checkpoint, manifest))
-    else:
-        run.with_base(run.calibrate)
-        start = run.start()
-    if not on_first_rank(group, lambda: "base" in run.evaluation()):
-        run.with_base(run.evaluate_base)
-    run.train(start, checkpoint, manifest)
-    on_first_rank(group, run.merge)
-    on_first_rank(group, run.evaluate_merged)
-    return on_first_rank(group, lambda: write_report(folder.path))
-
-
-@dataclass
-class _Run:
-    """The parts of one job, each of which leaves its result in the run folder."""
-
-    config: RunConfig
-    folder: RunFolder
-    setup: Setup
-    tokenizer: "PreTrainedTokenizerBase"
-    cache: TeacherCache | None = None
-    cached_teacher: CachedTeacher | None = None
-
-    def __post_init__(self) -> None:
-        phases = read_json(self.folder.usage)["phases"] if self.folder.usage.exists() else {}
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.folder, self.group = run, run.config, run.folder, run.group
+        usage = self.folder.usage
         self.limits = {"host": (host_limit(), host_in_use), "device": (device_limit(), device_in_use)}
-        self.tracker = Tracker(
-            {name: Usage.read(values) for name, values in phases.items()},
+        self.meter = MemoryMeter(
+            read_document(usage, RunUsage).phases if usage.exists() else {},
             Series.read(self.folder.memory),
-            Watchdog(self.limits) if self.setup.group.topology.local_rank == 0 else None,
+            Watchdog(self.limits) if self.group.topology.local_rank == 0 else None,
         )
         self.tokens: TokenSets
+        self.cached_teacher: CachedTeacher | None = None
+
+    def finish(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Everything after the checks: the first rank writes the run folder; all of them train."""
+        run, group = self.run, self.group
+
+        def first_results() -> None:
+            if not run.checkpoint:
+                self.folder.clear_results()
+            write_json(self.folder.plan, document)
+            say_plan(document, run)
+            try_merge(run)
+            self.prepare_tokens()
+
+        # The other ranks find the tokens that the first one has prepared.
+        on_first_rank(group, first_results)
+        on_every_rank(group, lambda: None if run.is_first else self.prepare_tokens())
+        self.cached_teacher = on_every_rank(group, lambda: teacher_of(run, self.tokens))
+        if run.checkpoint:
+            path, manifest = run.checkpoint
+            on_every_rank(group, lambda: check_text(path, self.tokens.fingerprint))
+            start = Start(read_fixed(path, manifest), moves_aux=self.config.rebuilds)
+        else:
+            self.with_base(self.calibrate)
+            start = self.start()
+        if not on_first_rank(group, lambda: self.evaluation().base is not None):
+            self.with_base(self.evaluate_base)
+        self.train(start)
+        on_first_rank(group, self.merge)
+        on_first_rank(group, self.evaluate_merged)
+        return on_first_rank(group, lambda: write_report(self.folder.path))
 
     def prepare_tokens(self) -> None:
         config = self.config
-        wanted = wanted_sequences(config, self.setup.group.topology.world_size)
-        vocab_size = self.setup.base.config["vocab_size"]
-        self.tokens = prepare_tokens(config, self.tokenizer, self.folder.path, wanted, vocab_size)
+        wanted = config.wanted_sequences(self.group.topology.world_size)
+        vocab_size = self.run.base.config["vocab_size"]
+        self.tokens = prepare_tokens(config, self.run.tokenizer, self.folder.path, wanted, vocab_size)
         console.say(
             f"data: {self.tokens.train_NT.numel():,} training tokens, "
             f"{self.tokens.validation_MT.numel():,} held-out tokens"
         )
 
-    def find_taught(self) -> None:
-        """Find in the cache, where the run has one, every sequence that it will train on."""
-        if self.cache is not None:
-            topology, settings = self.setup.group.topology, self.folder.settings
-            self.cached_teacher = find_taught(self.cache, self.config, self.tokens.train_NT, topology, settings)
-
     def with_base(self, work: Callable[[], None]) -> None:
-        """Do what only the first rank need do, on all ranks where they read the base together."""
-        if self.setup.base.collective:
+        """Do work of the first rank, on all ranks where they read the base together."""
+        if self.run.base.collective:
             work()
         else:
-            on_first_rank(self.setup.group, work)
+            on_first_rank(self.group, work)
 
     def calibrate(self) -> None:
-        config, setup = self.config, self.setup
+        config, run = self.config, self.run
         with self._phase("calibrate"):
-            batches = calibration_batches(self.tokens.train_NT, config)
+            batches = calibration_batches(
+                self.tokens.train_NT,
+                config.calibration_tokens // config.sequence_length,
+                config.per_device_train_batch_size,
+            )
             scores = collect_scores(
-                setup.plan, setup.base, config.importance, batches, config.seed, setup.device, setup.base_dtype
+                run.plan, run.base, config.importance, batches, config.seed, run.device, run.base_dtype
             )
             tokens = sum(batch.numel() for batch in batches) if config.importance not in TEXT_FREE else 0
-            if setup.group.topology.is_first:
+            if run.is_first:
                 write_scores(self.folder.scores, scores, config.importance, tokens)
             if config.rebuilds:
-                path = self.folder.rebuilt if setup.group.topology.is_first else None
-                kept = select(setup.plan, scores)
-                write_rebuilt(path, setup.plan, setup.base, kept, batches, setup.device, setup.base_dtype)
+                path = self.folder.rebuilt if run.is_first else None
+                kept = select(run.plan, scores)
+                write_rebuilt(path, run.plan, run.base, kept, batches, run.device, run.base_dtype)
 
     def start(self) -> Start:
-        """What training begins with, the same on all ranks."""
-        setup, config, folder = self.setup, self.config, self.folder
+        """The start of training, the same on all ranks."""
+        run, config, folder = self.run, self.config, self.folder
 
         def make() -> Start:
-            return make_start(config.start, setup.plan, read_scores(folder.scores), setup.base.tensor, rebuilt={})
+            return make_start(config.start, run.plan, read_scores(folder.scores), run.base.tensor, rebuilt={})
 
         # Where the ranks read the base together all of them make it, and the first one's counts.
-        start = setup.group.gather(make())[0] if setup.base.collective else on_first_rank(setup.group, make)
-        rebuilt = on_every_rank(setup.group, lambda: read_rebuilt(folder.rebuilt)) if config.rebuilds else {}
+        start = self.group.gather(make())[0] if run.base.collective else on_first_rank(self.group, make)
+        rebuilt = on_every_rank(self.group, lambda: read_rebuilt(folder.rebuilt)) if config.rebuilds else {}
         return replace(start, rebuilt={**start.rebuilt, **rebuilt})
 
     @property
     def held_out(self) -> HeldOut:
         ids_MT = self.tokens.validation_MT
-        return HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), self.tokenizer))
+        return HeldOut(ids_MT, count_text_bytes(ids_MT[:, 1:].flatten(), self.run.tokenizer))
 
     def evaluate_base(self) -> None:
-        setup, batch = self.setup, self.config.per_device_train_batch_size
+        run, batch = self.run, self.config.per_device_train_batch_size
         with self._phase("evaluate"):
-            result = evaluate_base(
-                setup.base, setup.plan.base_parameters, self.held_out, batch, setup.device, setup.base_dtype
-            )
-        self._add_evaluation("base", asdict(result))
+            result = evaluate_base(run.base, run.plan.base_parameters, self.held_out, batch, run.device, run.base_dtype)
+        self._add_evaluation(base=result)
         console.say(f"base: held-out loss {result.loss:.4f}")
 
-    def train(self, start: Start, checkpoint: Path | None, manifest: Manifest | None) -> None:
-        config = self.config
+    def train(self, start: Start) -> None:
+        config, manifest = self.config, self.run.manifest
         if manifest and manifest.step >= config.max_steps:
             console.say(f"training is complete at step {manifest.step}")
-            on_first_rank(self.setup.group, lambda: cut_metrics(self.folder.metrics, manifest.step))
+            on_first_rank(self.group, lambda: cut_metrics(self.folder.metrics, manifest.step))
             return
-        on_first_rank(self.setup.group, self.folder.forget_merged)
+        on_first_rank(self.group, self.folder.forget_merged)
+        snapshot = self.folder.memory_snapshot if config.memory_snapshot else None
         try:
-            with (
-                self._phase("train"),
-                allocator_snapshot(self.folder.memory_snapshot if config.memory_snapshot else None),
-            ):
+            with self._phase("train"), allocator_snapshot(snapshot):
                 # Held until the phase has been measured: the ledger strikes it out before its memory is given back.
-                training = self._train(start, checkpoint, manifest)
+                training = self._train(start)
             del training
         finally:
-            self.folder.clear_records(self.setup.group.topology.rank)
+            self.folder.clear_records(self.group.topology.rank)
         release_freed()
 
-    def _train(self, start: Start, checkpoint: Path | None, manifest: Manifest | None) -> Training:
-        config, group = self.config, self.setup.group
-        torch.manual_seed(config.seed)
+    def _train(self, start: Start) -> Training:
+        torch.manual_seed(self.config.seed)
         with ledger.during("start"):
-            training = self._build(start, checkpoint, manifest)
-            on_first_rank(group, lambda: self.folder.rebuilt.unlink(missing_ok=True))
-            release_between_stages(training.optimizer.engine.device)
-        if not checkpoint and "start" not in self.evaluation():
+            training = open_training(self.run, start, self.tokens, self.cached_teacher)
+            on_first_rank(self.group, lambda: self.folder.rebuilt.unlink(missing_ok=True))
+            release_between_stages(training.engine.device)
+        if not self.run.checkpoint and self.evaluation().start is None:
             self._evaluate_start(training)
-        if group.topology.is_first:
+        if self.run.is_first:
             cut_metrics(self.folder.metrics, training.state.step)
         train(training)
-        training.optimizer.engine.stop()
+        training.engine.release()
         return training
-
-    def _build(self, start: Start, checkpoint: Path | None, manifest: Manifest | None) -> Training:
-        """Model and optimizer at their start, or where the checkpoint left them."""
-        config, setup, group = self.config, self.setup, self.setup.group
-        expected_codes = manifest.coded_fingerprints if manifest else None
-        teacher = self.cached_teacher
-        if config.distill is not None and teacher is None:
-            teacher = Teacher(setup.base, config.distill, setup.device, setup.base_dtype)
-        distillation = teacher and teacher.distillation
-
-        def build() -> tuple[NextTokenLoss, ProjectedAdamW]:
-            return build_training_parts(setup, config, start, self.folder, expected_codes, distillation)
-
-        if config.base_precision == "int8" and group.topology.world_size > 1:
-            # The first rank codes the base for all hosts.
-            on_first_rank(group, lambda: Int8Base(setup.base, self.folder.base_cache, expected_codes))
-        # Where the ranks read the base together, one that fails cannot wait for the others.
-        loss_module, optimizer = build() if setup.base.collective else on_every_rank(group, build)
-        per_step = config.sequences_per_step * group.topology.world_size
-        state = TrainingState(data=self.tokens.fingerprint, sequences_per_step=per_step)
-        if checkpoint and manifest:
-            state = load_checkpoint(checkpoint, manifest, optimizer)
-            state.sequences_per_step = per_step
-            console.say(f"resuming at step {state.step}")
-        return Training(
-            config=config,
-            folder=self.folder,
-            base=setup.base,
-            group=group,
-            loss_module=optimizer.engine.start(loss_module),
-            optimizer=optimizer,
-            train_NT=self.tokens.train_NT,
-            validation_MT=self.tokens.validation_MT,
-            state=state,
-            teacher=teacher,
-        )
 
     def _evaluate_start(self, training: Training) -> None:
         started = time.monotonic()
         loss = evaluate_now(training, "evaluate start")
-        result = self.held_out.result(loss, self.setup.plan.parameters, time.monotonic() - started)
-        self._add_evaluation("start", asdict(result))
+        result = self.held_out.result(loss, self.run.plan.parameters, time.monotonic() - started)
+        self._add_evaluation(start=result)
         console.say(f"start ({self.config.start}): held-out loss {result.loss:.4f}")
 
     def merge(self) -> None:
@@ -324,7 +248,7 @@ class _Run:
         with self._phase("merge"):
             result = merge(
                 checkpoint,
-                lambda expected: MappedBase(self.setup.source, expected),
+                MappedBase(self.run.source),
                 self.folder.merged,
                 parse_bytes(config.max_shard_size),
                 parse_bytes(config.max_memory),
@@ -334,54 +258,50 @@ class _Run:
         write_json(self.folder.merge_result, asdict(result) | {"checkpoint": checkpoint.name})
 
     def evaluate_merged(self) -> None:
+        run, tokenizer = self.run, self.run.tokenizer
         with self._phase("evaluate"):
-            model = load_stock(self.folder.merged, self.setup.device, self.setup.model_dtype)
+            model = load_stock(self.folder.merged, run.device, run.model_dtype)
             batch = self.config.per_device_train_batch_size
             result = evaluate_model(model, self.held_out, batch, "evaluate compressed")
-            self._add_evaluation("compressed", asdict(result))
-            prompt = self.tokens.validation_MT[0, :SAMPLE_PROMPT_TOKENS].long()[None].to(self.setup.device)
+            self._add_evaluation(compressed=result)
+            prompt = self.tokens.validation_MT[0, :SAMPLE_PROMPT_TOKENS].long()[None].to(run.device)
             output = model.generate(  # pyright: ignore[reportCallIssue]
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=SAMPLE_NEW_TOKENS,
                 do_sample=False,
-                pad_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
             )
             written = output[0, prompt.shape[1] :]
-            sample = {
-                "prompt": self.tokenizer.decode(prompt[0], skip_special_tokens=True),
-                "compressed": self.tokenizer.decode(written, skip_special_tokens=True),
-            }
-            self._add_evaluation("sample", sample)
+            sample = GeneratedText(
+                prompt=str(tokenizer.decode(prompt[0], skip_special_tokens=True)),
+                compressed=str(tokenizer.decode(written, skip_special_tokens=True)),
+            )
+            self._add_evaluation(sample=sample)
 
-    def evaluation(self) -> dict[str, Any]:
-        return read_json(self.folder.evaluation) if self.folder.evaluation.exists() else {}
+    def evaluation(self) -> Evaluation:
+        path = self.folder.evaluation
+        return read_document(path, Evaluation) if path.exists() else Evaluation()
 
-    def _add_evaluation(self, name: str, result: dict[str, Any]) -> None:
-        if self.setup.group.topology.is_first:
-            write_json(self.folder.evaluation, self.evaluation() | {name: result})
+    def _add_evaluation(self, **results: ModelResult | GeneratedText) -> None:
+        if self.run.is_first:
+            write_document(self.folder.evaluation, replace(self.evaluation(), **results))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Measure the block and leave the figures in usage.json, also when it fails."""
         try:
-            with self.tracker.phase(name):
+            with self.meter.phase(name):
                 yield
         finally:
-            if self.setup.group.topology.is_first:
-                phases = {name: usage.document() for name, usage in self.tracker.phases.items()}
+            if self.run.is_first:
                 (host, _), (device, _) = self.limits["host"], self.limits["device"]
-                limits = {
-                    "host_bytes": host.num_bytes,
-                    "host_source": host.source,
-                    "device_bytes": device.num_bytes,
-                }
-                write_json(self.folder.usage, {"phases": phases, "machine": machine(), "limits": limits})
-                self.tracker.series.write(self.folder.memory)
+                limits = MemoryLimits(host.num_bytes, host.source, device.num_bytes)
+                write_document(self.folder.usage, RunUsage(self.meter.phases, machine(), limits))
+                self.meter.series.write(self.folder.memory)
 
 
-def calibration_batches(train_NT: torch.Tensor, config: RunConfig) -> list[torch.Tensor]:
-    """Token batches `[B, T]`: sequences spread evenly over the training text, at most `calibration_tokens`."""
-    count = max(1, min(len(train_NT), config.calibration_tokens // config.sequence_length))
-    chosen = torch.linspace(0, len(train_NT) - 1, count).round().long()
-    return list(train_NT[chosen].split(config.per_device_train_batch_size))
+def calibration_batches(train_NT: torch.Tensor, count: int, batch_size: int) -> list[torch.Tensor]:
+    """Token batches `[B, T]`: `count` sequences at most, spread evenly over the training text."""
+    chosen = torch.linspace(0, len(train_NT) - 1, max(1, min(len(train_NT), count))).round().long()
+    return list(train_NT[chosen].split(batch_size))

@@ -5,30 +5,30 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeVar
 
 from pcscale.common.console import console
 from pcscale.common.errors import PcscaleError, PeerFailed, RequestError, RunError
 from pcscale.common.topology import ALONE, Group, Topology
 from pcscale.config.schema import RunConfig
-from pcscale.distributed.settings import read_engine_settings
+from pcscale.distributed.settings import EngineSettings, read_engine_settings
 
 Result = TypeVar("Result")
 
 
 @contextmanager
-def processes(config: RunConfig) -> Iterator[Group]:
+def processes(engine: EngineSettings | None) -> Iterator[Group]:
     """All processes of the run, which talk to each other from here on; only the first one prints.
 
+    Args:
+        engine: DeepSpeed's settings; None: one process without it.
+
     Raises:
-        RequestError: run.yaml names no DeepSpeed file, or one that contradicts it; deepspeed is not installed.
         RunError: another process has ended.
-        PeerFailed: something went wrong that another process says.
+        PeerFailed: something went wrong that another process reports.
     """
     launched = Topology.launched()
-    reported_once(lambda: check_processes(config))
-    if config.deepspeed is None:
+    if engine is None:
         yield ALONE
         return
     from pcscale.distributed.group import ProcessGroup, is_about_a_peer
@@ -55,10 +55,10 @@ def processes(config: RunConfig) -> Iterator[Group]:
 
 
 def reported_once(work: Callable[[], Result]) -> Result:
-    """Do what goes well or wrong on all processes alike, before they talk to each other.
+    """Do work that goes alike on all processes, before they talk to each other; its error is reported once.
 
     Raises:
-        PcscaleError: it went wrong, on the first process of each host; on the others it is `PeerFailed`.
+        PcscaleError: it failed, on the first process of each host; on the others it is `PeerFailed`.
     """
     try:
         return work()
@@ -68,8 +68,8 @@ def reported_once(work: Callable[[], Result]) -> Result:
         raise PeerFailed(error.exit_code) from error
 
 
-def check_processes(config: RunConfig) -> None:
-    """Refuse what cannot run on the processes that were started.
+def read_engine(config: RunConfig) -> EngineSettings | None:
+    """The settings of DeepSpeed for the processes that were started; None: one process without it.
 
     Raises:
         RequestError: several and no DeepSpeed file, a file that contradicts run.yaml, or no deepspeed.
@@ -79,9 +79,10 @@ def check_processes(config: RunConfig) -> None:
         if world_size > 1:
             raise RequestError(
                 f"started on {world_size} processes, and run.yaml names no DeepSpeed file. "
-                "Set deepspeed, for instance to deepspeed_configs/zero1.json."
+                "Set deepspeed, for instance to zero1."
             )
-        return
-    read_engine_settings(Path(config.deepspeed), config, world_size)
+        return None
+    engine = read_engine_settings(config.deepspeed, config, world_size)
     if find_spec("deepspeed") is None:
         raise RequestError("deepspeed needs the package deepspeed. Run `pip install 'pcscale[deepspeed]'`.")
+    return engine

@@ -1,4 +1,4 @@
-"""The job behind `pcscale teach`: the base's most likely tokens for a text, into a folder that runs are taught from."""
+"""The job behind `pcscale teach`: teacher targets of a text, into a folder that runs learn from."""
 
 import dataclasses
 import time
@@ -16,8 +16,8 @@ from pcscale.common.errors import BudgetError, Interrupted, RequestError
 from pcscale.common.files import TEMPORARY_PREFIX, readable_os_errors
 from pcscale.common.sizes import CACHED_PROBABILITY_BYTES, HIDDEN_BUDGET_BYTES, token_bytes
 from pcscale.common.units import format_bytes
-from pcscale.config.schema import RunConfig
-from pcscale.data.tokens import load_tokenizer, read_sequences, wanted_sequences
+from pcscale.config.schema import PlanConfig
+from pcscale.data.tokens import load_tokenizer, read_sequences
 from pcscale.memory.limits import disk_free
 from pcscale.memory.process import AnonymousPeak
 from pcscale.training.interrupt import StopRequest
@@ -32,21 +32,22 @@ from pcscale.training.teacher_cache import (
 
 SHARD_TOKENS = 2**16
 """Tokens of a shard at most: what an interruption may cost, minutes on processors."""
-_SAID_BYTES = 24
-"""Of one of the most likely tokens while a shard is made: what was found so far, and what is written."""
+_TARGET_BYTES = 24
+"""Memory of one of the most likely tokens while a shard is made: found so far, and written."""
 
 
-def teach(config: RunConfig, tokens: int | None = None) -> dict[str, Any]:
-    """Fill `distill.cache` with what the base says of the training text; what is there already stays.
+def teach(config: PlanConfig, data: list[str], tokens: int | None = None) -> dict[str, Any]:
+    """Fill `distill.cache` with the targets of a text; those that are there already stay.
 
     Every shard is one layer-major pass: each of the base's weights is read once for all of its sequences.
 
     Args:
-        config: `base`, `data.train`, `sequence_length`, `distill` and the batch size matter here.
-        tokens: of the text, from its beginning; None: what one process trains on by these settings.
+        config: `base`, `sequence_length`, `distill` and the batch size matter here.
+        data: the text: files, globs or a Hub data set id.
+        tokens: at most so many of the text, from its beginning; None: as many as one process trains on.
 
     Returns:
-        What was done.
+        A summary of what was done.
 
     Raises:
         RequestError: the request is wrong, or the folder is of another base or made in another way.
@@ -68,14 +69,12 @@ def teach(config: RunConfig, tokens: int | None = None) -> dict[str, Any]:
     base = MappedBase(source)
     manifest = _open(folder, config, base, dtype)
     tokenizer = load_tokenizer(source.folder, config.trust_remote_code)
-    count = wanted_sequences(config, 1) if tokens is None else max(1, tokens // config.sequence_length)
-    ids_NT = read_sequences(
-        "data.train", config.data.train, tokenizer, config.sequence_length, count, base.config["vocab_size"]
-    )
+    count = config.wanted_sequences(1) if tokens is None else max(1, tokens // config.sequence_length)
+    ids_NT = read_sequences("data.train", data, tokenizer, config.sequence_length, count, base.config["vocab_size"])
     with AnonymousPeak() as peak:
         manifest = _bind(folder, manifest, base)
         manifest, added = _fill(folder, manifest, config, ids_NT, LayerMajorModel(base, device, dtype))
-    held = sum(1 for _ in TeacherCache(folder, manifest).places())
+    held = sum(1 for _ in TeacherCache(folder, manifest).addresses())
     num_bytes = sum((folder / name).stat().st_size for name in manifest.shards)
     return {
         "output": str(folder),
@@ -90,7 +89,7 @@ def teach(config: RunConfig, tokens: int | None = None) -> dict[str, Any]:
     }
 
 
-def _open(folder: Path, config: RunConfig, base: MappedBase, dtype: torch.dtype) -> TeacherManifest:
+def _open(folder: Path, config: PlanConfig, base: MappedBase, dtype: torch.dtype) -> TeacherManifest:
     """The folder's manifest, or a new one, whose base has not been read yet; nothing is changed."""
     distill = config.distill
     assert distill is not None
@@ -144,10 +143,10 @@ def _bind(folder: Path, manifest: TeacherManifest, base: MappedBase) -> TeacherM
 
 
 def _fill(
-    folder: Path, manifest: TeacherManifest, config: RunConfig, ids_NT: torch.Tensor, model: LayerMajorModel
+    folder: Path, manifest: TeacherManifest, config: PlanConfig, ids_NT: torch.Tensor, model: LayerMajorModel
 ) -> tuple[TeacherManifest, int]:
     """Add the sequences that the folder lacks, shard by shard; returns how many they were."""
-    seen = {key for key, _ in TeacherCache(folder, manifest).places()}
+    seen = {key for key, _ in TeacherCache(folder, manifest).addresses()}
     missing = []
     for row in range(len(ids_NT)):  # Not the tensor itself, which makes all of its rows at once.
         key = sequence_key(ids_NT[row])
@@ -177,27 +176,27 @@ def _fill(
                     f"interrupted with {done:,} of {len(missing):,} sequences done, which stay. "
                     "Go on with the same command."
                 )
-            found = _say(folder / name, ids_NT[rows], config, model, f"teach {number}/{len(shards)}")
+            found = _make_shard(folder / name, ids_NT[rows], config, model, f"teach {number}/{len(shards)}")
             manifest = dataclasses.replace(manifest, shards={**manifest.shards, name: found})
             manifest.write(folder)
             done += len(rows)
     return manifest, done
 
 
-def _say(path: Path, ids_NT: torch.Tensor, config: RunConfig, model: LayerMajorModel, label: str) -> str:
+def _make_shard(path: Path, ids_NT: torch.Tensor, config: PlanConfig, model: LayerMajorModel, label: str) -> str:
     """Make one shard; returns its fingerprint."""
     distill = config.distill
     assert distill is not None
     assert distill.top_k is not None
-    said: list[tuple[torch.Tensor, torch.Tensor]] = []
+    targets: list[tuple[torch.Tensor, torch.Tensor]] = []
     for hidden in model.hidden_states(list(ids_NT.split(config.per_device_train_batch_size)), label):
-        said += model.most_likely(hidden, distill.top_k, distill.temperature)
-    return write_shard(path, ids_NT, said, model.base.config["vocab_size"])
+        targets += model.most_likely(hidden, distill.top_k, distill.temperature)
+    return write_shard(path, ids_NT, targets, model.base.config["vocab_size"])
 
 
 def _shard_sequences(manifest: TeacherManifest, model: LayerMajorModel) -> int:
     """Sequences of a shard: so few that all of them go through the layers together, within the budget of a pass."""
-    each_bytes = model.base.config["hidden_size"] * model.dtype.itemsize + _SAID_BYTES * manifest.top_k
+    each_bytes = model.base.config["hidden_size"] * model.dtype.itemsize + _TARGET_BYTES * manifest.top_k
     return max(1, min(SHARD_TOKENS, HIDDEN_BUDGET_BYTES // each_bytes) // manifest.sequence_length)
 
 

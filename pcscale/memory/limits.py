@@ -1,31 +1,40 @@
 """How much memory and disk there is: the machine's, or the least that a cgroup or a resource limit leaves of it.
 
-Nothing here guesses. What cannot be read is passed over, said once on the console, and named in the `source` of the
-limit that was found without it.
+Nothing here guesses. What cannot be read is passed over, warned of once, and named in the `source` of the limit that
+was found without it.
 
-Source: the kernel's Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst and filesystems/proc.rst.
+Source: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 """
 
-import os
-import re
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+import psutil
 
 from pcscale.common.console import console
-from pcscale.memory.cgroups import UNLIMITED_BYTES, MemoryGroup, memory_groups, read_text
 
 _ROOT = Path("/")
 _GPU_FILES = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/kfd")
+_UNLIMITED_BYTES = 2**60
+"""A limit from here on is none: cgroups v1 say so with the largest multiple of a page."""
+_V1 = ("sys/fs/cgroup/memory", ("memory.limit_in_bytes",), ("total_rss", "total_shmem"))
+_V2 = (
+    "sys/fs/cgroup",
+    ("memory.max", "memory.high"),
+    ("anon", "shmem", "kernel_stack", "pagetables", "slab_unreclaimable", "percpu", "sock"),
+)
+"""Where cgroups of a version are, the files that hold a limit (a process is slowed down at memory.high), and the
+entries of memory.stat that the kernel cannot reclaim; the first one is always there."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What there is of something.
+    """A limit on something, and who sets it.
 
     Attributes:
         num_bytes: None: there is no such limit, or it cannot be known. Units: bytes.
@@ -51,32 +60,30 @@ def host_limit(root: Path = _ROOT) -> Limit:
     Args:
         root: where /proc and /sys are.
     """
-    bound, problems = _smallest(root)
-    return Limit(bound and bound.num_bytes, _sourced(bound.source if bound else "unknown", problems))
+    problems: list[str] = []
+    bound = _smallest(root, problems)
+    return Limit(bound.num_bytes, _sourced(bound.source, problems))
 
 
 def host_in_use(root: Path = _ROOT) -> int:
-    """What counts now against the limit that `host_limit` names, page cache aside, whichever processes hold it.
-
-    Where that cannot be read: what the machine has in use; without that either, the most that this process has held.
-    """
-    bound, problems = _smallest(root)
-    used = None if bound is None else bound.in_use()
-    used = _machine_in_use(root, problems) if used is None else used
+    """What counts now against the limit that `host_limit` names, page cache aside, whichever processes hold it; where
+    that cannot be read, what the machine has in use."""
+    problems: list[str] = []
+    used = _smallest(root, problems).in_use()
     _warn(problems)
-    return _own_peak() if used is None else used
+    return _machine_in_use() if used is None else used
 
 
 def host_left(root: Path = _ROOT) -> Limit:
     """The least that any limit on host memory leaves now: not always the smallest one, which others may not share."""
     problems: list[str] = []
     left = [
-        Limit(max(0, bound.num_bytes - used), bound.source)
+        (max(0, bound.num_bytes - used), bound.source)
         for bound in _bounds(root, problems)
         if (used := bound.in_use()) is not None
     ]
-    least = min(left, key=lambda limit: limit.num_bytes or 0, default=Limit(None, "unknown"))
-    return Limit(least.num_bytes, _sourced(least.source, problems))
+    num_bytes, source = min(left)
+    return Limit(num_bytes, _sourced(source, problems))
 
 
 def disk_free(path: Path) -> Limit:
@@ -113,66 +120,76 @@ def device_in_use() -> int:
     return total - free
 
 
-def _smallest(root: Path) -> tuple[_Bound | None, list[str]]:
-    problems: list[str] = []
-    bounds = list(_bounds(root, problems))
-    return min(bounds, key=lambda bound: bound.num_bytes, default=None), problems
+def _smallest(root: Path, problems: list[str]) -> _Bound:
+    return min(_bounds(root, problems), key=lambda bound: bound.num_bytes)
 
 
 def _bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
-    physical = _physical(root, problems)
-    if physical is not None:
-        yield _Bound(physical, "physical memory", partial(_machine_in_use, root, problems))
-    for group in memory_groups(root, problems):
-        for name, num_bytes in group.limits(problems):
-            yield _Bound(num_bytes, f"{group.label}, {name}", partial(MemoryGroup.in_use, group, problems))
+    yield _Bound(psutil.virtual_memory().total, "physical memory", _machine_in_use)
+    yield from _cgroup_bounds(root, problems)
     for kind, name, counter in (
-        (resource.RLIMIT_DATA, "RLIMIT_DATA", "VmData"),
-        (resource.RLIMIT_AS, "RLIMIT_AS, which mapped files count against as well", "VmSize"),
+        (resource.RLIMIT_DATA, "RLIMIT_DATA", "data"),
+        (resource.RLIMIT_AS, "RLIMIT_AS, which mapped files count against as well", "vms"),
     ):
         soft = resource.getrlimit(kind)[0]
-        if 0 <= soft < UNLIMITED_BYTES:
-            yield _Bound(soft, name, partial(_kib, root / "proc/self/status", counter, problems))
+        if 0 <= soft < _UNLIMITED_BYTES:
+            yield _Bound(soft, name, lambda counter=counter: getattr(psutil.Process().memory_info(), counter, None))
 
 
-def _physical(root: Path, problems: list[str]) -> int | None:
-    """From /proc/meminfo; where there is none, what the system calls tell."""
-    linux = sys.platform == "linux" or root != _ROOT
-    total = _kib(root / "proc/meminfo", "MemTotal", problems) if linux else None
-    if total:
-        return total
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        problems.append("the system does not tell its physical memory")
-        return None
+def _cgroup_bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
+    """The limits of the process's memory cgroup and of its ancestors, as far as a container sees them."""
+    lines = (_read(root / "proc/self/cgroup", problems, needed=False) or "").splitlines()
+    paths = {
+        controllers: path for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1)
+    }
+    v1 = next((path for controllers, path in paths.items() if "memory" in controllers.split(",")), None)
+    path = paths.get("") if v1 is None else v1
+    if path is None:
+        return
+    mount, names, held = _V2 if v1 is None else _V1
+    # A path that leads out of what a container sees: its root is the process's own group.
+    below = PurePosixPath("" if ".." in path else path.lstrip("/"))
+    for part in (below, *below.parents):
+        folder = root / mount / part
+        for name in names:
+            # The topmost group has no such file, nor has one whose memory nobody controls.
+            text = (_read(folder / name, problems, needed=False) or "max").strip()
+            if text != "max" and not text.isdecimal():
+                problems.append(f"{folder / name} holds {text[:40]!r}")
+            elif text != "max" and int(text) < _UNLIMITED_BYTES:
+                label = f"cgroup {PurePosixPath('/') / part}, {name}"
+                yield _Bound(int(text), label, lambda folder=folder: _held(folder, held, problems))
 
 
-def _machine_in_use(root: Path, problems: list[str]) -> int | None:
-    if sys.platform != "linux" and root == _ROOT:
-        import psutil
-
-        memory = psutil.virtual_memory()
-        return memory.total - memory.available
-    total, available = (_kib(root / "proc/meminfo", name, problems) for name in ("MemTotal", "MemAvailable"))
-    return None if total is None or available is None else total - available
-
-
-def _own_peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _kib(path: Path, name: str, problems: list[str]) -> int | None:
-    """A line such as `MemTotal:  24684096 kB`. Units: bytes."""
-    text = read_text(path, problems)
+def _held(folder: Path, names: tuple[str, ...], problems: list[str]) -> int | None:
+    """Bytes that count against a cgroup's limit now, page cache aside; None: they cannot be read."""
+    text = _read(folder / "memory.stat", problems)
     if text is None:
         return None
-    match = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    if match is None:
-        problems.append(f"{path} states no {name}")
+    stat = {
+        pair[0]: int(pair[1]) for pair in map(str.split, text.splitlines()) if len(pair) == 2 and pair[1].isdecimal()
+    }
+    if names[0] not in stat:
+        problems.append(f"{folder / 'memory.stat'} states no {names[0]}")
         return None
-    return int(match[1]) * 1024
+    return sum(stat.get(name, 0) for name in names)
+
+
+def _machine_in_use() -> int:
+    memory = psutil.virtual_memory()
+    return memory.total - memory.available
+
+
+def _read(path: Path, problems: list[str], needed: bool = True) -> str | None:
+    """A small file of the kernel's; None: it cannot be read, which is a problem unless it is absent and not needed."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if needed:
+            problems.append(f"{path}: {error.strerror}")
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+    return None
 
 
 def _sourced(source: str, problems: list[str]) -> str:

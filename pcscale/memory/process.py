@@ -1,15 +1,15 @@
-"""What this process holds, as the system tells it."""
+"""Memory that this process holds, as the system tells it, and the machine it runs on."""
 
 import re
 import threading
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import psutil
 
 from pcscale.common.console import console
+from pcscale.run.record import Machine
 
 _STATUS = Path("/proc/self/status")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -26,7 +26,7 @@ def _resident(name: bytes) -> int | None:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process: what no file backs (docs/decisions/0004).
+    """Anonymous memory of this process, which no file backs (docs/decisions/0004).
 
     Where the system does not tell it apart (it is not Linux, or hides /proc): all resident memory, and a warning.
     """
@@ -54,7 +54,7 @@ def unique_bytes() -> int | None:
     """Memory that would be free if this process ended (USS); None: the system does not say. Takes milliseconds."""
     try:
         return psutil.Process().memory_full_info().uss
-    except (psutil.Error, OSError, AttributeError):  # No /proc, or a system without USS: said as None.
+    except (psutil.Error, OSError, AttributeError):  # No /proc, or a system without USS.
         return None
 
 
@@ -93,17 +93,14 @@ class AnonymousPeak:
         self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on. Units: bytes."""
+def machine() -> Machine:
+    """The machine that figures are measured on."""
     import torch
 
-    model = "unknown"
-    if _CPU_INFO.exists():
-        match = re.search(r"model name\s*:\s*(.+)", _CPU_INFO.read_text())
-        model = match[1] if match else model
-    return {
-        "cpu": model,
-        "cores": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "memory_bytes": psutil.virtual_memory().total,
-    }
+    model = re.search(r"model name\s*:\s*(.+)", _CPU_INFO.read_text()) if _CPU_INFO.exists() else None
+    return Machine(
+        cpu=model[1] if model else "unknown",
+        cores=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        memory_bytes=psutil.virtual_memory().total,
+    )

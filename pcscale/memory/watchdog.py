@@ -14,14 +14,14 @@ CALM_SHARE = 0.90
 INTERVAL_SECONDS = 1.0
 
 Look = Callable[[], int]
-"""Gives the bytes in use that count against a limit."""
+"""The bytes in use that count against a limit, seen now."""
 
 
 class Watchdog:
     """Compares memory in use with its limits.
 
     Args:
-        limits: what there is by home (`host`, `device`), and how to see what of it is in use.
+        limits: the limits on `host` and `device` memory, and how to see how much of each is in use.
     """
 
     def __init__(self, limits: dict[str, tuple[Limit, Look]]) -> None:
@@ -33,27 +33,27 @@ class Watchdog:
         """Warn where memory is within 5 % of its limit, once until it has fallen below 90 % of it.
 
         Args:
-            host, device: what this process holds, by component.
+            host, device: bytes that this process holds, by component.
         """
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + INTERVAL_SECONDS
-        for home, components in (("host", host), ("device", device)):
-            limit, in_use = self._limits.get(home, (None, None))
+        for memory, components in (("host", host), ("device", device)):
+            limit, in_use = self._limits.get(memory, (None, None))
             if limit is None or limit.num_bytes is None or in_use is None:
                 continue
             used = in_use()
             if used < CALM_SHARE * limit.num_bytes:
-                self._warned.discard(home)
-            elif used >= NEAR_SHARE * limit.num_bytes and home not in self._warned:
-                self._warned.add(home)
-                console.warn(_message(home, used, limit, components))
+                self._warned.discard(memory)
+            elif used >= NEAR_SHARE * limit.num_bytes and memory not in self._warned:
+                self._warned.add(memory)
+                console.warn(_message(memory, used, limit, components))
 
 
-def _message(home: str, used: int, limit: Limit, components: dict[str, int]) -> str:
+def _message(memory: str, used: int, limit: Limit, components: dict[str, int]) -> str:
     largest = max(components, key=lambda name: components[name], default=None)
-    what = f"; the largest part of this run is {largest} ({format_bytes(components[largest])})" if largest else ""
+    part = f"; the largest part of this run is {largest} ({format_bytes(components[largest])})" if largest else ""
     return (
-        f"{home} memory is nearly full: {format_bytes(used)} of {format_bytes(limit.num_bytes or 0)} "
-        f"({limit.source}){what}. Ctrl-C writes a checkpoint; `pcscale plan` says what would need less."
+        f"{memory} memory is nearly full: {format_bytes(used)} of {format_bytes(limit.num_bytes or 0)} "
+        f"({limit.source}){part}. Ctrl-C writes a checkpoint; `pcscale plan` shows what would need less."
     )

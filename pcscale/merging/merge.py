@@ -4,7 +4,6 @@ The output is built in a hidden folder beside its place and gets its name when i
 its finished shards with `resume`. Neither a GPU nor transformers is needed.
 """
 
-import dataclasses
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ import torch
 
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
+from pcscale.base.resolve import BaseFolder, resolve_base
 from pcscale.base.weight import FrozenWeight
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError, RunError
@@ -39,8 +39,8 @@ from pcscale.memory.working import merge_need_bytes
 from pcscale.merging.blocks import Workspace, blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
+from pcscale.projection.checkpoint import direct_name, read_fixed, rotates
 from pcscale.projection.layout import value_shapes
-from pcscale.projection.persist import direct_name, read_fixed, rotates
 from pcscale.projection.record import FixedSides, FixedTensors, projection_of
 from pcscale.run.folder import BASE_CACHE_NAME
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
@@ -49,8 +49,6 @@ from pcscale.storage.index import INDEX_NAME, SINGLE_NAME, read_header
 from pcscale.storage.reader import TORCH_DTYPES, TensorReader
 from pcscale.storage.writer import ShardWriter
 
-INTERPRETER_BYTES = 300 * 2**20
-"""What Python and its libraries may take beside `max_memory`."""
 VERIFY_AHEAD = 8
 """Tensors that are read and hashed ahead of the products: about a layer, since large ones follow small ones."""
 PROGRESS_NAME = "merge_progress.json"
@@ -101,7 +99,7 @@ class _Source:
 
 def merge(
     checkpoint: Path,
-    open_base: Callable[[dict[str, str]], MappedBase],
+    base: MappedBase,
     output: Path,
     max_shard_bytes: int,
     max_memory_bytes: int,
@@ -113,7 +111,7 @@ def merge(
 
     Args:
         checkpoint: a step-… folder.
-        open_base: gives the base that must have these fingerprints.
+        base: the base that it was trained on; it is compared tensor by tensor as it is read.
         output: the folder to be; new or empty unless `replace`.
         max_memory_bytes: cap on anonymous memory, the interpreter's 300 MiB aside. It changes no byte of the output.
         dtype: of every tensor; None: each keeps its base weight's.
@@ -138,7 +136,7 @@ def merge(
     if output.is_dir() and any(output.iterdir()) and not replace:
         raise RequestError(f"{output} already holds {next(output.iterdir()).name}. Name a new folder or empty it.")
     with AnonymousPeak() as peak:
-        base = open_base(manifest.base_fingerprints)
+        base.expect(manifest.base_fingerprints)
         if base.config != manifest.base_config:
             raise RequestError(
                 f"{base.folder / CONFIG_NAME} is not the config this checkpoint was trained on. "
@@ -159,6 +157,18 @@ def merge(
         peak_anonymous_bytes=peak.peak_bytes,
         max_memory_bytes=max_memory_bytes,
     )
+
+
+def find_base(manifest: Manifest) -> BaseFolder:
+    """The base that a checkpoint was trained on, by its name and revision; merging compares its hashes.
+
+    Raises:
+        RequestError: it is not where its name says.
+    """
+    try:
+        return resolve_base(manifest.base_name, manifest.base_revision)
+    except RequestError as error:
+        raise RequestError(f"the checkpoint's base is not found by its name ({error}) Name it with `base`.") from None
 
 
 def try_writer(plan: Plan, base: MappedBase, folder: Path, max_shard_bytes: int) -> None:
@@ -326,8 +336,3 @@ def _write_sidecars(source: _Source, staging: Path, shards: list[Shard], dtypes:
         total = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
         weight_map = {planned.name: shard.name for shard in shards for planned in shard.weights}
         write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def result_document(result: MergeResult) -> dict[str, object]:
-    """The `--json` document."""
-    return dataclasses.asdict(result)

@@ -1,11 +1,10 @@
 """Whether a checkpoint and its merged model are what they claim: bytes, one step, weights and logits."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,9 +16,11 @@ from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.merging.merge import trained_weights
 from pcscale.model.compressed import build_compressed, load_stock
 from pcscale.projection import algebra
-from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, RecordFormat
-from pcscale.projection.persist import UPDATES, direct_name, read_fixed
+from pcscale.projection.checkpoint import UPDATES, direct_name, read_fixed
+from pcscale.projection.compression import Compression
+from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT
 from pcscale.projection.record import FixedSide, FixedSides, MatrixRecord, Moment, Trained
+from pcscale.projection.residency import State
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
@@ -52,9 +53,7 @@ class Check:
         return self.found <= self.allowed
 
 
-def check_bytes(
-    checkpoint: Path, open_base: Callable[[dict[str, str]], MappedBase]
-) -> tuple[Manifest, MappedBase, list[Check]]:
+def check_bytes(checkpoint: Path, base: MappedBase) -> tuple[Manifest, list[Check]]:
     """Hash every file of the checkpoint and every base weight again.
 
     Raises:
@@ -63,9 +62,9 @@ def check_bytes(
     manifest = Manifest.read(checkpoint)
     for name in manifest.files:
         manifest.file(checkpoint, name)
-    base = open_base(manifest.base_fingerprints)
+    base.expect(manifest.base_fingerprints)
     base.check_all()
-    return manifest, base, [Check("checkpoint files changed", 0, 0), Check("base weights changed", 0, 0)]
+    return manifest, [Check("checkpoint files changed", 0, 0), Check("base weights changed", 0, 0)]
 
 
 def check_models(checkpoint: Path, manifest: Manifest, base: MappedBase, merged: Path | None) -> list[Check]:
@@ -140,13 +139,16 @@ def _check_step(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8
     for planned in probed:
         _add_parameter(model, planned.name, torch.zeros(planned.shape))
     part = _PartOfPlan(plan.family, plan.base_config, plan.hidden_size, plan.intermediate_size, probed)
-    form, start = RecordFormat(rank=manifest.projection_rank), Start(read_fixed(checkpoint, manifest))
-    optimizer = ProjectedAdamW(model, part, weights, start, lr=_PROBE_RATE, form=form)
+    compression = Compression(cast(Any, model), part, weights, Start(read_fixed(checkpoint, manifest)))
+    state = State(projection_rank=manifest.projection_rank)
+    optimizer = ProjectedAdamW(
+        compression, _PROBE_RATE, aux_lr=_PROBE_RATE, weight_decay=0.0, projection_rates="uniform", state=state
+    )
     optimizer.updates = int(TensorReader(read_header(checkpoint / OUTER_NAME)[0]).tensor(UPDATES))
     expected: dict[str, torch.Tensor] = {}
     for planned in probed:
         record = _in_float32(_record(checkpoint, manifest, planned))
-        optimizer.records.home.create(planned.name, record.tensors())
+        optimizer.records.residency.create(planned.name, record.tensors())
         G_oi = torch.randn(planned.shape, generator=generator)
         model.get_parameter(planned.name).grad = G_oi
         W_OI = weights.weight(planned.name).rows(torch.float32)

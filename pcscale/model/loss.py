@@ -39,7 +39,7 @@ class NextTokenLoss(nn.Module):
 
     Args:
         model: a stock causal model; its parameters are this module's parameters.
-        distillation: what becomes of what the teacher says; None: there is none.
+        distillation: the teacher's share of the loss; None: there is none.
     """
 
     def __init__(self, model: "PreTrainedModel", distillation: Distillation | None = None) -> None:
@@ -56,15 +56,15 @@ class NextTokenLoss(nn.Module):
         """The mean next-token loss in nats over B × (T - 1) tokens, a float32 scalar.
 
         Args:
-            teacher: what it says of every token of the batch (`training/teacher.py`): its last hidden states
+            teacher: its targets for every token of the batch (`training/teacher.py`): its last hidden states
                 `[B, T, H]`, or ids and logarithms of its most likely tokens `[B, T, k]`; nothing: cross entropy alone.
         """
         hidden_BTH = self.model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden_NH = hidden_BTH[:, :-1].flatten(0, 1)
         target_N = ids_BT[:, 1:].flatten()
         total = hidden_NH.new_zeros((), dtype=torch.float32)
-        said = [values[:, :-1].flatten(0, 1) for values in teacher]
-        for part in zip(*(values.split(self._chunk) for values in (hidden_NH, target_N, *said)), strict=True):
+        targets = [values[:, :-1].flatten(0, 1) for values in teacher]
+        for part in zip(*(values.split(self._chunk) for values in (hidden_NH, target_N, *targets)), strict=True):
             # Without gradients there is nothing to recompute.
             total = total + (
                 checkpoint(self._sum, *part, use_reentrant=False) if torch.is_grad_enabled() else self._sum(*part)

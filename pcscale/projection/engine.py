@@ -1,4 +1,4 @@
-"""Who holds the compressed weights and their gradients, and runs the model forward and backward.
+"""The holder of the compressed weights and their gradients, which runs the model forward and backward.
 
 The optimizer sees them through an engine alone: one process keeps them whole (`LocalEngine`), DeepSpeed may replicate,
 partition or offload them (distributed/engine.py).
@@ -29,7 +29,7 @@ class Engine(Protocol):
     dtype: torch.dtype
     gradients_on: str
 
-    def start(self, loss_module: nn.Module) -> nn.Module:
+    def take_over(self, loss_module: nn.Module) -> nn.Module:
         """Take the model over; returns the module to call from now on. Before, every rank holds all of it."""
         ...
 
@@ -57,20 +57,20 @@ class Engine(Protocol):
         """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
         ...
 
-    def fetch(self, turn: Round) -> torch.Tensor | None:
-        """The whole gradient, where it lies, of the weight that this rank has in the round."""
+    def round_gradient(self, sweep_round: Round) -> torch.Tensor | None:
+        """The whole gradient, where it lies, of the weight that this rank works on in the round."""
         ...
 
     def gradient(self, name: str) -> torch.Tensor:
         """A whole gradient on every rank."""
         ...
 
-    def place(self, name: str) -> torch.Tensor:
-        """Where this rank writes a new weight that it is to publish."""
+    def destination(self, name: str) -> torch.Tensor:
+        """The tensor into which this rank writes a new weight before it is published."""
         ...
 
-    def publish(self, turn: Round) -> None:
-        """Make what each rank has placed in this round the model's."""
+    def publish(self, sweep_round: Round) -> None:
+        """Make each rank's new weight of this round the model's."""
         ...
 
     def replace(self, name: str, value: torch.Tensor) -> None:
@@ -81,8 +81,8 @@ class Engine(Protocol):
         """Forget the gradients; what was published is the model's from now on."""
         ...
 
-    def stop(self) -> None:
-        """Let go of what `start` made: no other call follows."""
+    def release(self) -> None:
+        """Let go of what `take_over` made: no other call follows."""
         ...
 
 
@@ -97,7 +97,7 @@ class LocalEngine:
         self._parameters = parameters
         self._gradients = Accumulated(list(parameters.values()), gradient_home)
 
-    def start(self, loss_module: nn.Module) -> nn.Module:
+    def take_over(self, loss_module: nn.Module) -> nn.Module:
         return loss_module
 
     def hold_gradients(self) -> None:
@@ -118,19 +118,19 @@ class LocalEngine:
     def clip_norm(self, max_norm: float) -> torch.Tensor:
         return self._gradients.clip_norm(max_norm)
 
-    def fetch(self, turn: Round) -> torch.Tensor | None:
-        return None if turn[0] is None else self.gradient(turn[0])
+    def round_gradient(self, sweep_round: Round) -> torch.Tensor | None:
+        return None if sweep_round[0] is None else self.gradient(sweep_round[0])
 
     def gradient(self, name: str) -> torch.Tensor:
         gradient = self._gradients.of(self._parameters[name])
         assert gradient is not None
         return gradient
 
-    def place(self, name: str) -> torch.Tensor:
+    def destination(self, name: str) -> torch.Tensor:
         return self.value(name)
 
-    def publish(self, turn: Round) -> None:
-        """It lies in its place already."""
+    def publish(self, sweep_round: Round) -> None:
+        """Nothing to do: the weight was written in place."""
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         parameter = self.value(name)
@@ -140,5 +140,5 @@ class LocalEngine:
     def clear(self) -> None:
         self._gradients.clear()
 
-    def stop(self) -> None:
-        """It made nothing."""
+    def release(self) -> None:
+        """Nothing to let go of."""

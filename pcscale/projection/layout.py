@@ -13,6 +13,7 @@ from typing import Literal
 from pcscale.common.errors import RequestError
 from pcscale.common.sizes import QUANTISED_BLOCK
 from pcscale.common.units import aligned
+from pcscale.config.schema import PlanConfig
 from pcscale.families.plan import PlannedWeight
 from pcscale.storage.index import ITEM_BYTES
 
@@ -50,6 +51,12 @@ class RecordFormat:
 
 
 PUBLISHED_FORMAT = RecordFormat()
+
+
+def record_format(config: PlanConfig) -> RecordFormat:
+    """The format that a run keeps its records in."""
+    aux_start = config.weight_decay > 0 and (config.base_precision == "int8" or config.rebuilds)
+    return RecordFormat(config.record_dtype, config.moments, config.rank, aux_start)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ def sweep_rounds(matrices: Sequence[PlannedWeight], rank: int | None, world_size
 
 def owned_matrices(matrices: Sequence[PlannedWeight], rank: int | None, topology: Topology) -> list[str]:
     """The matrices that a process owns, in the order of its visits."""
-    turns = sweep_rounds(matrices, rank, topology.world_size)
-    return [name for turn in turns if (name := turn[topology.rank]) is not None]
+    found = sweep_rounds(matrices, rank, topology.world_size)
+    return [name for one in found if (name := one[topology.rank]) is not None]
 
 
 def rounds(costs: Mapping[str, int], world_size: int) -> list[Round]:

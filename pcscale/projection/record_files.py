@@ -13,8 +13,8 @@ from pcscale.common.errors import RunError
 from pcscale.common.files import TEMPORARY_PREFIX, link_or_copy, readable_os_errors, sync_to_disk, temporary_beside
 from pcscale.common.ledger import PINNED_BUFFERS, RECORD_BUFFERS, ledger, placement_of
 from pcscale.common.units import format_bytes
-from pcscale.projection.homes import Layouts, Traffic, copy_bytes, given_back, record_size
 from pcscale.projection.layout import TensorSpec
+from pcscale.projection.memory_residency import Layouts, Traffic, copy_bytes, given_back, record_size
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.host_memory import Arena, HostBytes, bytes_of
 from pcscale.storage.index import read_header
@@ -39,7 +39,7 @@ def check_disk(folder: Path, sizes: list[int]) -> None:
         )
 
 
-class DiskHome:
+class DiskResidency:
     """Records live in files; memory holds those that are on their way, the device those that are worked on.
 
     A record is written into another file than the one it was read from, and a file that a checkpoint shares is never
@@ -75,7 +75,7 @@ class DiskHome:
             # Between a file and the device.
             self._memory = HostBytes(staging_bytes)
             self._staging = Arena(self._memory.bytes)
-            ledger.keep(self, PINNED_BUFFERS, self._memory.home, staging_bytes)
+            ledger.keep(self, PINNED_BUFFERS, self._memory.placement, staging_bytes)
         self._working = Arena(
             torch.zeros(staging_bytes if device.type == "cpu" else device_bytes, dtype=torch.uint8, device=device)
         )
@@ -94,7 +94,7 @@ class DiskHome:
                     file.write(bytes_of(tensors[part].to(TORCH_DTYPES[spec.dtype]).contiguous()))
                 start += spec.num_bytes
 
-    def fetch(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         buffer = self._working.take(record_size(self._layouts[name]))
         try:
             # The device's buffer comes first: whoever holds a staging buffer needs nothing more to finish.
@@ -109,7 +109,7 @@ class DiskHome:
             raise
         return buffer
 
-    def put(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
+    def write(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
         with given_back(self._working, buffer):
             if not changed:
                 return

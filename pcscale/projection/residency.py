@@ -1,6 +1,6 @@
-"""Where records live between the sweep's visits: on the device, in host memory, or as files.
+"""The state of the optimizer, how it is kept and where: on the device, in host memory, or as files.
 
-While one matrix is worked on, a thread fetches the next one and another puts the one before back (store.py); on a GPU
+While one matrix is worked on, a thread reads the next one and another writes the one before back (store.py); on a GPU
 each has a stream of its own, so that copies run beside the products.
 """
 
@@ -12,61 +12,84 @@ import torch
 
 from pcscale.common.errors import BudgetError
 from pcscale.common.units import aligned, format_bytes
-from pcscale.projection.homes import DeviceHome, Home, HostHome, Layouts, Traffic, record_size
-from pcscale.projection.layout import overlap_bytes
-from pcscale.projection.record_files import DiskHome
+from pcscale.projection.layout import RecordFormat, overlap_bytes
+from pcscale.projection.memory_residency import (
+    DeviceResidency,
+    HostResidency,
+    Layouts,
+    Residency,
+    Traffic,
+    record_size,
+)
+from pcscale.projection.record_files import DiskResidency
 
 
 @dataclass(frozen=True)
-class Residency:
-    """Where records and moments live.
+class State:
+    """How and where `ProjectedAdamW` keeps what it trains; names and defaults are those of run.yaml.
 
     Attributes:
-        home: `device`, `cpu` or `disk`.
-        folder: of the files; with `disk` alone.
-        pinned_bytes: cap on the pinned host memory that this takes; None: what lets motion overlap with compute.
+        residency: the place of records and moments: `device`, `cpu` (host memory) or `disk` (files).
+        folder: of the files; needed with residency `disk`.
+        pinned_memory: cap on the host memory that the residency takes; None: what lets motion overlap with compute.
+            Units: bytes.
+        record_dtype: of D and aux; `bfloat16` is rounded stochastically.
+        moments: `32bit`, or `8bit` block-wise.
+        projection_rank: of D; None: D is kept whole.
+        gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip and clear them with
+            `clip_grad_norm_` and `zero_grad` of the optimizer.
+        seed: of stochastic rounding, and of the fixed factor of a low rank.
     """
 
-    home: Literal["device", "cpu", "disk"] = "device"
+    residency: Literal["device", "cpu", "disk"] = "device"
     folder: Path | None = None
-    pinned_bytes: int | None = None
+    pinned_memory: int | None = None
+    record_dtype: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["32bit", "8bit"] = "32bit"
+    projection_rank: int | None = None
+    gradient_home: Literal["device", "cpu"] = "device"
+    seed: int = 0
+
+    def format(self, aux_start: bool) -> RecordFormat:
+        """The format of records; `aux_start` says whether they keep where aux began."""
+        return RecordFormat(self.record_dtype, self.moments, self.projection_rank, aux_start)
 
 
-ON_DEVICE = Residency()
+ON_DEVICE = State()
 
 
-def open_home(residency: Residency, layouts: Layouts, device: torch.device, traffic: Traffic) -> Home:
-    """The home of the records with these layouts; each is made with `create`.
+def open_residency(state: State, layouts: Layouts, device: torch.device, traffic: Traffic) -> Residency:
+    """The residency of the records with these layouts; each is made with `create`.
 
     Raises:
-        BudgetError: `pinned_bytes` is less than what this residency needs.
+        BudgetError: `pinned_memory` is less than what this residency needs.
         RunError: the folder's disk has no room for the records.
         RequestError: the folder cannot be written.
     """
     sizes = [record_size(layout) for layout in layouts.values()]
-    check_budget(residency, sizes)
-    if residency.home == "device":
-        return DeviceHome(layouts, device)
+    check_budget(state, sizes)
+    if state.residency == "device":
+        return DeviceResidency(layouts, device)
     overlap = overlap_bytes(sizes)
-    if residency.home == "cpu":
-        return HostHome(layouts, device, overlap, traffic)
-    assert residency.folder is not None, "residency disk is given a folder"
-    staging = overlap if residency.pinned_bytes is None else min(overlap, residency.pinned_bytes)
-    return DiskHome(layouts, device, residency.folder, overlap, staging, traffic)
+    if state.residency == "cpu":
+        return HostResidency(layouts, device, overlap, traffic)
+    assert state.folder is not None, "residency disk is given a folder"
+    staging = overlap if state.pinned_memory is None else min(overlap, state.pinned_memory)
+    return DiskResidency(layouts, device, state.folder, overlap, staging, traffic)
 
 
-def check_budget(residency: Residency, sizes: list[int]) -> None:
+def check_budget(state: State, sizes: list[int]) -> None:
     """Refuse a budget that records of these sizes cannot keep.
 
     Raises:
         BudgetError: with the least that would do.
     """
-    if residency.home == "device" or residency.pinned_bytes is None:
+    if state.residency == "device" or state.pinned_memory is None:
         return
-    least = sum(map(aligned, sizes)) if residency.home == "cpu" else max(sizes, default=0)
-    if residency.pinned_bytes < least:
-        what = "all records take" if residency.home == "cpu" else "the largest record takes"
+    least = sum(map(aligned, sizes)) if state.residency == "cpu" else max(sizes, default=0)
+    if state.pinned_memory < least:
+        what = "all records take" if state.residency == "cpu" else "the largest record takes"
         raise BudgetError(
-            f"pinned_memory {format_bytes(residency.pinned_bytes)} is too small for residency {residency.home}: "
+            f"pinned_memory {format_bytes(state.pinned_memory)} is too small for residency {state.residency}: "
             f"{what} {format_bytes(least)}. Give at least {least} bytes."
         )

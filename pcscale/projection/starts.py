@@ -39,12 +39,14 @@ class Start:
         rebuilt: by set of kept indices, `[d, kept]`: what kept channels say of each dropped one. It goes into aux,
             beside an S that selects.
         gammas: the base's norm weights that rebuilt residual channels pass through, `[H]` by name.
+        moves_aux: whether aux begins elsewhere than at zero, in records that a checkpoint brings.
     """
 
     fixed: FixedTensors
     norms: dict[str, torch.Tensor] = field(default_factory=dict)
     rebuilt: Mapping[str, torch.Tensor] = field(default_factory=dict)
     gammas: dict[str, torch.Tensor] = field(default_factory=dict)
+    moves_aux: bool = False
 
 
 def selection(plan: Plan, scores: Scores, read: ReadTensor) -> Start:

@@ -1,4 +1,4 @@
-"""The records of a run, and the visits that a sweep pays them: the next one is fetched while one is worked on."""
+"""The records of a run, and the visits that a sweep pays them: the next one is read while one is worked on."""
 
 import contextlib
 from collections import deque
@@ -7,37 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from pcscale.base.weight import FrozenWeight
 from pcscale.families.plan import PlannedWeight
-from pcscale.projection.homes import Traffic
+from pcscale.projection.compression import Base
 from pcscale.projection.layout import AHEAD, RecordFormat, record_layout
+from pcscale.projection.memory_residency import Traffic
 from pcscale.projection.owners import Round
 from pcscale.projection.record import FixedSides, FixedTensors, MatrixRecord, views_of
-from pcscale.projection.residency import Residency, open_home
-
-
-class Base(Protocol):
-    """What the sweep needs of a frozen base.
-
-    Attributes:
-        home: `disk`, `cpu` or `device`: where its weights come from.
-        coded_fingerprints: of the 8-bit codes that its weights come from; empty: they are the stored ones.
-        collective: whether all ranks must ask for a weight together, since each holds a part of it.
-    """
-
-    home: str
-    collective: bool
-    coded_fingerprints: dict[str, str]
-
-    def weight(self, name: str) -> FrozenWeight: ...
-
-    def lost(self, name: str, rows: slice) -> torch.Tensor | None: ...
-
-    def prefetch(self, names: list[str]) -> None: ...
+from pcscale.projection.residency import State, open_residency
 
 
 @dataclass(frozen=True)
@@ -50,8 +30,8 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class _Fetched:
-    """What a visit needs; the weight only where a rank may read it without the others."""
+class _Ready:
+    """A visit's buffer and base weight; None where a rank may not read the weight without the others."""
 
     name: str
     buffer: torch.Tensor
@@ -64,7 +44,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
 
     Args:
         matrices: the projected weights.
-        turns: the rounds of a sweep over all of them.
+        rounds: those of a sweep over all of them.
         rank: whose records these are.
         fixed: what S is made of.
         base: where base weights come from.
@@ -74,22 +54,22 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def __init__(
         self,
         matrices: list[PlannedWeight],
-        turns: list[Round],
+        rounds: list[Round],
         rank: int,
         form: RecordFormat,
         fixed: FixedTensors,
         base: Base,
-        residency: Residency,
+        state: State,
         device: torch.device,
     ) -> None:
         self.form = form
         self.traffic = Traffic()
         planned_of = {planned.name: planned for planned in matrices}
-        self._planned = {name: planned_of[name] for turn in turns if (name := turn[rank]) is not None}
+        self._planned = {name: planned_of[name] for sweep_round in rounds if (name := sweep_round[rank]) is not None}
         """In the order of the visits."""
         self.layouts = {name: record_layout(planned, form) for name, planned in self._planned.items()}
         self._base, self._rank, self._device = base, rank, device
-        self.home = open_home(residency, self.layouts, device, self.traffic)
+        self.residency = open_residency(state, self.layouts, device, self.traffic)
         self.fix(fixed)
 
     def fix(self, fixed: FixedTensors) -> None:
@@ -98,9 +78,9 @@ class RecordStore(Mapping[str, MatrixRecord]):
         self._sides = {name: FixedSides.of(planned, self.fixed) for name, planned in self._planned.items()}
 
     def __getitem__(self, name: str) -> MatrixRecord:
-        buffer = self.home.fetch(name)
+        buffer = self.residency.read(name)
         copy = buffer.clone()
-        self.home.put(name, buffer, changed=False)
+        self.residency.write(name, buffer, changed=False)
         return MatrixRecord.of(self._sides[name], views_of(copy, self.layouts[name]))
 
     def __contains__(self, name: object) -> bool:
@@ -113,7 +93,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
         return len(self._planned)
 
     @contextlib.contextmanager
-    def visits(self, turns: list[Round], change: bool) -> Iterator[Iterator[Visit | None]]:
+    def visits(self, rounds: list[Round], change: bool) -> Iterator[Iterator[Visit | None]]:
         """Visit this rank's matrix of each round, None where it has none; what a visit changes is the record's when the
         next one begins.
 
@@ -123,63 +103,65 @@ class RecordStore(Mapping[str, MatrixRecord]):
             RunError: a record could not be read or written; those before it have been changed.
         """
         with (
-            ThreadPoolExecutor(1, "fetch") as reader,
-            ThreadPoolExecutor(1, "put") as writer,
-            contextlib.closing(self._visit_each(turns, change, reader, writer)) as visits,
+            ThreadPoolExecutor(1, "read") as reader,
+            ThreadPoolExecutor(1, "write") as writer,
+            contextlib.closing(self._visit_each(rounds, change, reader, writer)) as visits,
         ):
             yield visits
 
     def _visit_each(
-        self, turns: list[Round], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
+        self, rounds: list[Round], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
     ) -> Generator[Visit | None]:
-        coming = deque(reader.submit(self._fetch, turn[self._rank]) for turn in turns[:AHEAD])
+        coming = deque(reader.submit(self._read, sweep_round[self._rank]) for sweep_round in rounds[:AHEAD])
         going: list[Future[None]] = []
-        gathered = self._gathered(turns)
+        gathered = self._gathered(rounds)
         try:
-            for position in range(len(turns)):
-                fetched = coming.popleft().result()
-                coming.extend(reader.submit(self._fetch, turn[self._rank]) for turn in turns[position + AHEAD :][:1])
-                weight = next(gathered) if self._base.collective else fetched and fetched.weight
-                if fetched is None:
+            for position in range(len(rounds)):
+                ready = coming.popleft().result()
+                coming.extend(
+                    reader.submit(self._read, sweep_round[self._rank]) for sweep_round in rounds[position + AHEAD :][:1]
+                )
+                weight = next(gathered) if self._base.collective else ready and ready.weight
+                if ready is None:
                     yield None
                     continue
                 changed = False
                 try:
-                    yield self._visit(fetched, weight)
+                    yield self._visit(ready, weight)
                     changed = change
                 finally:
                     # Also when the caller failed: the reader may be waiting for this buffer.
-                    going.append(writer.submit(self._put, fetched, self._now(), changed))
+                    going.append(writer.submit(self._write, ready, self._now(), changed))
                 while going and going[0].done():
                     going.pop(0).result()
-            for put in going:
-                put.result()
+            for written in going:
+                written.result()
         finally:
             for future in coming:
-                # What was fetched for a visit that is not made.
-                if not future.cancel() and future.exception() is None and (fetched := future.result()) is not None:
-                    writer.submit(self._put, fetched, None, False)
+                # It was read for a visit that is not made.
+                if not future.cancel() and future.exception() is None and (ready := future.result()) is not None:
+                    writer.submit(self._write, ready, None, False)
 
-    def _fetch(self, name: str | None) -> _Fetched | None:
+    def _read(self, name: str | None) -> _Ready | None:
         if name is None:
             return None
-        buffer = self.home.fetch(name)  # First: room for records bounds how many base weights are under way.
+        buffer = self.residency.read(name)  # First: room for records bounds how many base weights are under way.
         if self._base.collective:
-            return _Fetched(name, buffer, None)
+            return _Ready(name, buffer, None)
         self._base.prefetch([name])
         try:
-            return _Fetched(name, buffer, self._on_device(self._base.weight(name)))
+            return _Ready(name, buffer, self._on_device(self._base.weight(name)))
         except BaseException:
-            self.home.put(name, buffer, False)
+            self.residency.write(name, buffer, False)
             raise
 
-    def _gathered(self, turns: list[Round]) -> Iterator[FrozenWeight | None]:
+    def _gathered(self, rounds: list[Round]) -> Iterator[FrozenWeight | None]:
         """This rank's base weight of each round, where all ranks ask for each weight together and in one order."""
-        names = [name for turn in turns for name in turn if name is not None]
+        names = [name for sweep_round in rounds for name in sweep_round if name is not None]
         following = dict(pairwise(names))
-        for turn in turns:
+        for sweep_round in rounds:
             mine = None
-            for rank, name in enumerate(turn):
+            for rank, name in enumerate(sweep_round):
                 if name is not None:
                     weight = self._base.weight(name)
                     self._base.prefetch([following[name]] if name in following else [])
@@ -187,7 +169,7 @@ class RecordStore(Mapping[str, MatrixRecord]):
             yield mine
 
     def _on_device(self, weight: FrozenWeight) -> FrozenWeight:
-        self.traffic.base_read += weight.num_bytes * (self._base.home != "device")
+        self.traffic.base_read += weight.num_bytes * (self._base.placement != "device")
         if self._device.type != "cpu":
             stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
@@ -195,16 +177,16 @@ class RecordStore(Mapping[str, MatrixRecord]):
             stream.synchronize()
         return weight
 
-    def _visit(self, fetched: _Fetched, weight: FrozenWeight | None) -> Visit:
+    def _visit(self, ready: _Ready, weight: FrozenWeight | None) -> Visit:
         assert weight is not None
         weight.keep_for(self._device)
-        record = MatrixRecord.of(self._sides[fetched.name], views_of(fetched.buffer, self.layouts[fetched.name]))
-        return Visit(self._planned[fetched.name], weight, record)
+        record = MatrixRecord.of(self._sides[ready.name], views_of(ready.buffer, self.layouts[ready.name]))
+        return Visit(self._planned[ready.name], weight, record)
 
-    def _put(self, fetched: _Fetched, computed: torch.cuda.Event | None, changed: bool) -> None:
+    def _write(self, ready: _Ready, computed: torch.cuda.Event | None, changed: bool) -> None:
         if computed is not None:
             computed.synchronize()
-        self.home.put(fetched.name, fetched.buffer, changed)
+        self.residency.write(ready.name, ready.buffer, changed)
 
     def _now(self) -> torch.cuda.Event | None:
         """The end of what has been asked of the device so far; None: the host computes, and has finished."""
@@ -216,8 +198,8 @@ class RecordStore(Mapping[str, MatrixRecord]):
 
     def save(self, name: str, path: Path) -> str:
         """Write a record's file; returns its fingerprint."""
-        return self.home.save(name, path)
+        return self.residency.save(name, path)
 
     def load(self, name: str, path: Path) -> None:
         """Take a record from a file that `save` wrote, in the same format."""
-        self.home.load(name, path)
+        self.residency.load(name, path)

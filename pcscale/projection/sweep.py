@@ -1,7 +1,7 @@
 """ProjectedAdamW: the optimizer whose step is the projection sweep.
 
 To the outside it is an ordinary optimizer over an ordinary model. Inside, every projected weight is visited once per
-step: its base weight and its record are fetched, its gradient is pulled back to D_out, D_in and aux, those are updated,
+step: its base weight and its record are read, its gradient is pulled back to D_out, D_in and aux, those are updated,
 the new compressed weight is composed and published, and all of it is let go. Norms and biases (and, for hard pruning,
 everything) get plain AdamW.
 
@@ -11,7 +11,8 @@ Legend: O, I base sizes; o, i compressed sizes; b a block of rows.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,26 +20,19 @@ from torch import nn
 from pcscale.base.weight import FrozenWeight
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import DIRECT, ROTATION, ledger, placement_of
-from pcscale.families.plan import Plan, PlannedWeight
+from pcscale.config import defaults
+from pcscale.families.plan import PlannedWeight
 from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
+from pcscale.projection.compression import Compression
 from pcscale.projection.engine import Engine, LocalEngine
-from pcscale.projection.layout import (
-    AUX,
-    AUX_START,
-    DELTA_IN,
-    DELTA_OUT,
-    PUBLISHED_FORMAT,
-    RecordFormat,
-    check_rank,
-    row_blocks,
-)
+from pcscale.projection.layout import AUX, AUX_START, DELTA_IN, DELTA_OUT, check_rank, row_blocks
 from pcscale.projection.owners import sweep_rounds
 from pcscale.projection.record import FixedSides, FixedTensors, Trained
-from pcscale.projection.residency import ON_DEVICE, Residency
+from pcscale.projection.residency import ON_DEVICE, State
 from pcscale.projection.rounding import noise_key
 from pcscale.projection.starts import Start, random_factors, rebuilds, start_aux
-from pcscale.projection.store import Base, RecordStore, Visit
+from pcscale.projection.store import RecordStore, Visit
 
 _FACTORS = (DELTA_OUT[1], DELTA_IN[1])
 """U of a D of low rank: V alone decays, which makes U V decay once."""
@@ -47,34 +41,23 @@ _FACTORS = (DELTA_OUT[1], DELTA_IN[1])
 class ProjectedAdamW(torch.optim.Optimizer):
     """AdamW on the projections of a frozen base, for a stock model at the compressed size.
 
-    The model must hold the start already (`pcscale.start_tensors`). Gradients arrive in `parameter.grad` as always;
-    clip them, accumulate them and schedule `group["lr"]` as with any optimizer.
+    Gradients arrive in `parameter.grad` as always; clip them, accumulate them and schedule `group["lr"]` as with any
+    optimizer. Defaults are those of run.yaml.
 
     Args:
-        model: the compressed model; its parameters are named as in the plan.
-        plan: the base's and the compressed shapes.
-        base: where base weights are read from.
-        start: what training begins with; where a checkpoint is loaded, its `fixed` tensors are enough (with a
-            weight_decay and a start that rebuilds channels, say `aux_start` in `form` as well).
-        lr: rate of D_out and D_in.
-        rates_per_matrix: divide a D's rate by what its entries are multiplied with on their way into the weight, where
-            that is more than 1: for D_in the mean norm of the base weight's rows, for D_out of its columns. A step of
-            Adam then moves the weights of all matrices by about as much.
-        aux_lr: rate of aux, norms and biases; None: `lr`. It follows a scheduler in the same ratio to `lr`.
+        compression: model, plan, base and start, as `pcscale.prepare` makes them.
+        lr: rate of D_out and D_in (with method hard_prune of everything); None: run.yaml's default for the method.
+        aux_lr: rate of aux, norms and biases; None: three times `lr` (with hard_prune `lr`). It follows a scheduler in
+            the same ratio to `lr`.
         betas, eps: AdamW's.
-        weight_decay: decoupled decay of D_out, D_in and aux towards their start; with `project=False` of the matrices.
-        project: False trains the start directly, without the base: the hard-pruning control arm.
-        form: the precision and rank of records.
-        residency: where records live.
-        gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip and clear them with
-            `clip_grad_norm_` and `zero_grad` of this optimizer.
-        engine: who holds the model's weights and gradients; None: this process, whole. With several ranks each has the
-            records of the matrices that it owns.
-        compute_dtype: of the products, which accumulate in float32; None: the model's on a GPU, float32 elsewhere.
-        seed: of stochastic rounding, and of the U of a low rank.
+        weight_decay: decoupled decay of D_out, D_in and aux towards their start; with hard_prune of the matrices.
+        projection_rates: `per_matrix` divides a D's rate by what its entries are multiplied with on their way into the
+            weight, where that is more than 1: for D_in the mean norm of the base weight's rows, for D_out of its
+            columns. A step of Adam then moves the weights of all matrices by about as much. `uniform`: one rate.
+        state: how and where records are kept.
 
-    Memory: of records what `residency` says; and while a matrix is visited its gradients and products, in the dtype of
-    the products.
+    Memory: records as `state` says; and while a matrix is visited its gradients and products, in the dtype of the
+    products: the model's on a GPU, float32 elsewhere.
 
     Raises:
         RequestError: the model's parameters are not those of the plan, a rate or the rank is out of range.
@@ -83,80 +66,93 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
-        plan: Plan,
-        base: Base,
-        start: Start,
-        lr: float = 1.5e-4,
+        compression: Compression,
+        lr: float | None = None,
         aux_lr: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        rates_per_matrix: bool = False,
-        project: bool = True,
-        form: RecordFormat = PUBLISHED_FORMAT,
-        residency: Residency = ON_DEVICE,
-        gradient_home: str = "device",
-        compute_dtype: torch.dtype | None = None,
-        seed: int = 0,
-        engine: Engine | None = None,
+        betas: tuple[float, float] = defaults.BETAS,
+        eps: float = defaults.EPSILON,
+        weight_decay: float = defaults.WEIGHT_DECAY,
+        projection_rates: Literal["per_matrix", "uniform"] = defaults.PROJECTION_RATES,
+        state: State = ON_DEVICE,
     ) -> None:
-        if lr <= 0 or (aux_lr is not None and aux_lr < 0):
+        method = compression.method
+        lr = defaults.learning_rate(method) if lr is None else lr
+        aux_lr = defaults.aux_learning_rate(method, lr) if aux_lr is None else aux_lr
+        if lr <= 0 or aux_lr < 0:
             raise RequestError(f"lr is {lr} and aux_lr {aux_lr}: expected a positive lr, and no negative aux_lr.")
-        named = dict(model.named_parameters())
-        self.plan, self.base, self.project, self.seed = plan, base, project, seed
+        self.compression, self.plan, self.base = compression, compression.plan, compression.base
+        self.projection_rates, self.seed = projection_rates, state.seed
         self.updates = 0
-        self._rates_per_matrix = rates_per_matrix
         self._divisors: dict[str, tuple[float, float]] = {}
-        """Of the rates of D_out and D_in, by matrix; the base does not change."""
-        parameters = {planned.name: _matching_parameter(planned, named) for planned in plan.weights}
-        self.engine: Engine = engine or LocalEngine(parameters, gradient_home)
-        self.compute_dtype = compute_dtype or (
-            self.engine.dtype if self.engine.device.type == "cuda" else torch.float32
-        )
-        projected = [planned for planned in plan.weights if planned.is_matrix and project]
-        check_rank(projected, form.rank)
-        moved = bool(base.coded_fingerprints or start.rebuilt)
-        form = replace(form, aux_start=form.aux_start or (weight_decay > 0 and moved))
-        topology = self.engine.topology
-        self._rounds = sweep_rounds(projected, form.rank, topology.world_size)
-        # Records are not `optimizer.state`: torch, Accelerate and the Trainer cast, move and pickle what is there.
-        self.records = RecordStore(
-            projected, self._rounds, topology.rank, form, start.fixed, base, residency, self.engine.device
-        )
-        self._position = {planned.name: position for position, planned in enumerate(projected)}
-        """Of every projected matrix, whoever owns it."""
-        ledger.keep(self, ROTATION, placement_of(self.engine.device), _dense_bytes(self.records.fixed))
-        for planned in projected:
-            self._create(planned, start)
-        self.direct: dict[str, Trained] = {}
-        """What is trained without a projection, on every rank; its value is the parameter itself where that is whole
-        and float32."""
-        groups: dict[str, list[nn.Parameter]] = {"projected": [], "matrices": [], "vectors": []}
-        self._role: dict[str, str] = {}
-        for planned in plan.weights:
-            if planned.name not in self._position:
-                self.direct[planned.name] = Trained.starting_at(
-                    self.engine.value(planned.name).to(self.engine.device, torch.float32)
-                )
-            role = "projected" if planned.name in self._position else "matrices" if planned.is_matrix else "vectors"
-            self._role[planned.name] = role
-            groups[role].append(parameters[planned.name])
-        ledger.keep(self, DIRECT, placement_of(self.engine.device), self._direct_bytes())
+        """Divisors of the rates of D_out and D_in, by matrix; the base does not change."""
+        named = dict(compression.model.named_parameters())
+        parameters = {planned.name: _matching_parameter(planned, named) for planned in self.plan.weights}
+        self.engine: Engine = compression.engine or LocalEngine(parameters, state.gradient_home)
+        self.compute_dtype = self.engine.dtype if self.engine.device.type == "cuda" else torch.float32
+        self._open_records(compression.start, state, weight_decay)
+        self.direct = self._open_direct()
+        """Weights that are trained without a projection, on every rank; a value is the parameter itself where that is
+        whole and float32."""
         decay = {"projected": weight_decay, "matrices": weight_decay, "vectors": 0.0}
-        aux_ratio = 1.0 if aux_lr is None else aux_lr / lr
+        groups = {
+            role: [parameters[planned.name] for planned in self.plan.weights if self._role(planned) == role]
+            for role in decay
+        }
         super().__init__(
             [
                 {"params": members, "role": role, "weight_decay": decay[role]}
                 for role, members in groups.items()
                 if members
             ],
-            {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_ratio},
+            {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_lr / lr},
         )
+
+    def _open_records(self, start: Start, state: State, weight_decay: float) -> None:
+        """Make the record of every matrix that this rank owns."""
+        projected = [planned for planned in self.plan.weights if planned.is_matrix and self.project]
+        check_rank(projected, state.projection_rank)
+        moves_aux = bool(self.base.coded_fingerprints or start.rebuilt or start.moves_aux)
+        form = state.format(aux_start=weight_decay > 0 and moves_aux)
+        topology = self.engine.topology
+        self._rounds = sweep_rounds(projected, form.rank, topology.world_size)
+        self._position = {planned.name: position for position, planned in enumerate(projected)}
+        """Number of every projected matrix, whoever owns it."""
+        # Records are not `optimizer.state`: torch, Accelerate and the Trainer cast, move and pickle what is there.
+        self.records = RecordStore(
+            projected, self._rounds, topology.rank, form, start.fixed, self.base, state, self.engine.device
+        )
+        ledger.keep(self, ROTATION, placement_of(self.engine.device), _dense_bytes(self.records.fixed))
+        for planned in projected:
+            self._create(planned, start)
+
+    def _open_direct(self) -> dict[str, Trained]:
+        device, direct = self.engine.device, {}
+        for planned in self.plan.weights:
+            if planned.name not in self._position:
+                direct[planned.name] = Trained.starting_at(self.engine.value(planned.name).to(device, torch.float32))
+        # Moments, and values where they are not the parameters.
+        num_bytes = sum(
+            tensor.nbytes
+            for name, trained in direct.items()
+            for _, tensor in trained.tensors(name)
+            if tensor.data_ptr() != self.engine.value(name).data_ptr()
+        )
+        ledger.keep(self, DIRECT, placement_of(device), num_bytes)
+        return direct
+
+    def _role(self, planned: PlannedWeight) -> str:
+        if planned.name in self._position:
+            return "projected"
+        return "matrices" if planned.is_matrix else "vectors"
+
+    @property
+    def project(self) -> bool:
+        """Whether matrices are projected; False: hard pruning trains everything directly."""
+        return self.compression.method == "projected"
 
     @property
     def fixed(self) -> FixedTensors:
-        """What S is made of; a checkpoint that is loaded brings its own values."""
+        """The tensors that S is made of; a checkpoint that is loaded brings its own values."""
         return self.records.fixed
 
     def _create(self, planned: PlannedWeight, start: Start) -> None:
@@ -190,16 +186,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         )
         if aux is not None:
             values |= {AUX: aux, AUX_START: aux}
-        self.records.home.create(name, values)
-
-    def _direct_bytes(self) -> int:
-        """Moments of what is trained without a projection, and its values where they are not the parameters."""
-        return sum(
-            tensor.nbytes
-            for name, trained in self.direct.items()
-            for _, tensor in trained.tensors(name)
-            if tensor.data_ptr() != self.engine.value(name).data_ptr()
-        )
+        self.records.residency.create(name, values)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
@@ -221,18 +208,19 @@ class ProjectedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         reached = set(self.engine.reached())
-        turns = [turn for turn in self._rounds if not reached.isdisjoint(turn)]
+        rounds = [sweep_round for sweep_round in self._rounds if not reached.isdisjoint(sweep_round)]
         groups = {group["role"]: group for group in self.param_groups}
-        with tf32_products(), self.records.visits(turns, True) as visits:
-            for turn, visit in zip(turns, visits, strict=True):
-                G_oi = self.engine.fetch(turn)
+        with tf32_products(), self.records.visits(rounds, True) as visits:
+            for sweep_round, visit in zip(rounds, visits, strict=True):
+                G_oi = self.engine.round_gradient(sweep_round)
                 if visit is not None and G_oi is not None:
                     self._visit(visit, G_oi, groups["projected"])
                 del G_oi
-                self.engine.publish(turn)
-        for name, trained in self.direct.items():
-            if name in reached:
-                group = groups[self._role[name]]
+                self.engine.publish(sweep_round)
+        for planned in self.plan.weights:
+            name = planned.name
+            if name in self.direct and name in reached:
+                trained, group = self.direct[name], groups[self._role(planned)]
                 gradient = self.engine.gradient(name).to(self.engine.device, torch.float32)
                 update(trained, gradient, self._settings(group, group["lr"] * group["aux_ratio"]))
                 self.engine.replace(name, trained.value)
@@ -251,8 +239,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self._compose(visit)
 
     def _rate(self, visit: Visit, part: str, rate: float) -> float:
-        """Of a factor of D."""
-        if not self._rates_per_matrix:
+        """The rate of D, or of a factor of it."""
+        if self.projection_rates == "uniform":
             return rate
         name = visit.planned.name
         if name not in self._divisors:
@@ -284,12 +272,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
         yield AUX, G_oi
 
     def _compose(self, visit: Visit) -> None:
-        place_oi = self.engine.place(visit.planned.name)
+        new_oi = self.engine.destination(visit.planned.name)
         projection = visit.record.projection(self.compute_dtype)
         for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
             part = replace(projection, aux=projection.aux[rows])
-            place_oi[rows] = algebra.compose(W_bI, part)
+            new_oi[rows] = algebra.compose(W_bI, part)
 
     def _settings(self, group: dict[str, Any], rate: float, weight_decay: float | None = None) -> AdamW:
         decay = group["weight_decay"] if weight_decay is None else weight_decay
@@ -299,19 +287,34 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def compose_all(self) -> None:
         """Publish every weight from its record: what a resumed run does before its first step."""
         with tf32_products(), self.records.visits(self._rounds, False) as visits:
-            for turn, visit in zip(self._rounds, visits, strict=True):
+            for sweep_round, visit in zip(self._rounds, visits, strict=True):
                 if visit is not None:
                     self._compose(visit)
-                self.engine.publish(turn)
+                self.engine.publish(sweep_round)
         for name, trained in self.direct.items():
             self.engine.replace(name, trained.value)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint that can be merged and gone on from: records, what S is made of, and a manifest.
+
+        It holds no base weight; `pcscale.merge` and `pcscale.from_checkpoint` find the base by its name and hashes.
+
+        Args:
+            folder: the checkpoint's; one that is there is replaced.
+
+        Raises:
+            RunError: the disk is full; nothing was replaced.
+        """
+        from pcscale.projection.checkpoint import save_state
+
+        save_state(Path(folder), self.updates, self)
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates and the groups' settings; records are written by `pcscale.save_state`."""
+        """The number of updates and the groups' settings; records are written by `save_pretrained`."""
         return {**super().state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave; records are read by `pcscale.load_state`."""
+        """Take what `state_dict` gave; records are read by `load_checkpoint`."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "updates"})
         self.updates = int(state_dict["updates"])
 

@@ -1,29 +1,43 @@
-"""Runs side by side: what sets them apart, what they needed, their held-out losses at equal tokens and equal time."""
+"""Runs beside each other: settings, sizes and memory, and held-out losses at equal tokens and equal time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pcscale.common.console import console
 from pcscale.common.errors import RequestError
-from pcscale.common.units import format_bytes, format_count, format_seconds
+from pcscale.common.files import write_bytes
 from pcscale.config.schema import RunConfig
-from pcscale.reporting import side_by_side
-from pcscale.reporting.run_data import METRICS_FILE, SETTINGS_FILE, RunData, is_number, read_run
-from pcscale.reporting.same_data import check_same_data
-from pcscale.reporting.table import ABSENT, Table, format_difference
+from pcscale.reporting.drawing import png
+from pcscale.reporting.plots import plot_comparison
+from pcscale.run.folder import RunFolder
+from pcscale.run.record import RunRecord
+from pcscale.run.token_file import TokenFile, read_token_file, sequences_fingerprint
 
-MEMORIES = {"host_anonymous_bytes": "host memory", "device_bytes": "device memory"}
-_MODELS = ("base", "start", "compressed")
 _AT_EQUAL = {"tokens": "at_equal_tokens", "seconds": "at_equal_seconds"}
 _OF_A_MACHINE = ("cpu", "cores", "gpu")
 
 
+def write_comparison(runs: list[Path], output: Path) -> dict[str, Any]:
+    """Compare runs, and draw the comparison into a PNG file, which is replaced where it is there.
+
+    Returns:
+        The comparison of `compare_runs`, with the file as `plot`.
+
+    Raises:
+        RequestError: as `compare_runs`, or the file cannot be written there. Nothing is written then.
+    """
+    _check_output(output, runs)
+    comparison = compare_runs(runs)
+    write_bytes(output, png(plot_comparison(comparison)))
+    return {**comparison, "plot": str(output)}
+
+
 def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
-    """Lay finished runs over the same data side by side; the first one is what the others are compared with.
+    """Lay finished runs over the same data beside each other; the first one is what the others are compared with.
 
     The loss at a number of tokens or seconds lies on a straight line between the evaluations before and after it. Equal
     tokens are the most that all runs were evaluated at, or, where no evaluation meets another, the most that all have
@@ -47,7 +61,7 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
             raise RequestError(f"{paths[position]} is named twice. Name different runs.")
     runs = [_read_finished(path) for path in paths]
     check_same_data(runs)
-    curves = [held_out_curve(data) for data in runs]
+    curves = [held_out_curve(record) for record in runs]
     shared = set.intersection(*(set(curve["tokens"][1:]) for curve in curves))
     equal = {
         "tokens": max(shared) if shared else min(curve["tokens"][-1] for curve in curves),
@@ -57,13 +71,12 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     for run in found:
         first = found[0]["loss"]
         run["difference"] = {key: run["loss"][key] - first[key] for key in ("final", *_AT_EQUAL.values())}
-    machines = [(data.usage or {}).get("machine") for data in runs]
-    known = [machine if isinstance(machine, dict) else {} for machine in machines]
+    machines = [vars(record.usage.machine) if record.usage else {} for record in runs]
     return {
         "equal": equal,
         "runs": found,
-        "settings": differing([_settings(data.config) for data in runs]),
-        "machine": differing([{key: machine.get(key) for key in _OF_A_MACHINE} for machine in known]),
+        "settings": differing([_settings(record.config) for record in runs]),
+        "machine": differing([{key: machine.get(key) for key in _OF_A_MACHINE} for machine in machines]),
     }
 
 
@@ -81,152 +94,157 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return [str(Path(*path.parts[-length:])) for path, length in zip(paths, lengths, strict=True)]
 
 
-def held_out_curve(data: RunData) -> dict[str, list[Any]]:
+def held_out_curve(record: RunRecord) -> dict[str, list[Any]]:
     """Held-out loss by tokens and by seconds of training, from the start at 0 tokens and 0 seconds on.
 
     Returns:
         `{tokens, seconds, loss}`, equally long; tokens rise.
     """
-    evaluated = zip(data.steps, accumulate(step.seconds for step in data.steps), strict=True)
-    points = [(0, 0.0, data.evaluation["start"]["loss"])]
+    start = record.evaluation.models["start"]
+    evaluated = zip(record.steps, accumulate(step.seconds for step in record.steps), strict=True)
+    points = [(0, 0.0, start.loss)]
     points += [(step.tokens, seconds, step.eval_loss) for step, seconds in evaluated if step.eval_loss is not None]
     tokens, seconds, losses = (list(values) for values in zip(*points, strict=True))
     return {"tokens": tokens, "seconds": seconds, "loss": losses}
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """What is not the same in all mappings, a value from each; None where one has no such key."""
+    """The keys whose values are not the same in all mappings, a value from each; None where one has no such key."""
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def run_rows(comparison: dict[str, Any]) -> Table:
-    """Sizes, seeds, lengths and peak memory."""
-    runs = comparison["runs"]
-    memories = {key: label for key, label in MEMORIES.items() if any(run["peak"][key] is not None for run in runs)}
-    columns = ["run", "params", "of base", "seed", "steps", "tokens", "training", *memories.values()]
-    rows = []
-    for run in runs:
-        share = f"{run['parameters'] / run['base_parameters']:.1%}"
-        rows.append([run["label"], format_count(run["parameters"]), share, str(run["seed"]), f"{run['steps']:,}"])
-        rows[-1] += [f"{run['tokens']:,}", _duration(run["seconds"])]
-        peaks = (run["peak"][key] for key in memories)
-        rows[-1] += [ABSENT if peak is None else format_bytes(peak) for peak in peaks]
-    return columns, rows
+def check_same_data(runs: Sequence[RunRecord]) -> None:
+    """Refuse runs whose held-out losses cannot be compared.
+
+    A run reads as much training text as it has steps for, so the shorter text must be the beginning of the longer one.
+
+    Raises:
+        RequestError: tokenizers, sequence lengths, held-out tokens or training tokens differ.
+    """
+    files = [read_token_file(record.path) for record in runs]
+    for record, file in zip(runs[1:], files[1:], strict=True):
+        _check_held_out(runs[0], files[0], record, file)
+    longest, longest_file = max(zip(runs, files, strict=True), key=lambda pair: pair[1].train.shape[0])
+    for record, file in zip(runs, files, strict=True):
+        _check_training(longest, longest_file, record, file)
 
 
-def loss_rows(comparison: dict[str, Any]) -> Table:
-    """Held-out losses, and their differences from the first run's."""
-    equal = comparison["equal"]
-    headings = {
-        "final": "final",
-        "at_equal_tokens": f"at {equal['tokens']:,} tokens",
-        "at_equal_seconds": f"at {_duration(equal['seconds'])}",
-    }
-    columns = ["run", "base", "start"]
-    for heading in headings.values():
-        columns += [heading, "vs first"]
-    rows = []
-    for run in comparison["runs"]:
-        rows.append([run["label"], *(f"{run['loss'][key]:.4f}" for key in ("base", "start"))])
-        for key in headings:
-            rows[-1] += [f"{run['loss'][key]:.4f}", format_difference(run["difference"][key])]
-    return columns, rows
+def _check_held_out(first: RunRecord, first_file: TokenFile, record: RunRecord, file: TokenFile) -> None:
+    pair = f"{first.path} and {record.path}"
+    if file.tokenizer != first_file.tokenizer:
+        raise RequestError(
+            f"{pair} have different tokenizers, so a token of one is not a token of the other. "
+            "Compare runs with one tokenizer."
+        )
+    if file.sequence_length != first_file.sequence_length:
+        raise RequestError(
+            f"{pair} have sequences of {first_file.sequence_length} and {file.sequence_length} tokens, so their "
+            "held-out losses are over different contexts. Compare runs with one sequence_length."
+        )
+    sizes = [each.validation.shape[0] for each in (first_file, file)]
+    hashes = [
+        sequences_fingerprint(each.validation, size) for each, size in zip((first_file, file), sizes, strict=True)
+    ]
+    if sizes[0] == sizes[1] and hashes[0] == hashes[1]:
+        return
+    tokens = [f"{size * file.sequence_length:,}" for size in sizes]
+    found = f"{tokens[0]} and {tokens[1]} tokens" if sizes[0] != sizes[1] else f"different text of {tokens[0]} tokens"
+    remedy = "Compare runs with one data.validation and one eval_tokens"
+    if any(each.config.data.validation is None for each in (first, record)):
+        remedy = "Set data.validation: without it the end of what is trained on is held out, which depends on max_steps"
+    raise RequestError(f"{pair} hold out {found}. {remedy}.")
 
 
-def difference_rows(comparison: dict[str, Any]) -> Table:
-    """The settings that differ, and what the machines differ in; a column for each run."""
-    settings, machine = comparison["settings"], comparison["machine"]
-    values = settings | {f"machine: {key}": found for key, found in machine.items()}
-    rows = [[key, *(_cell(value) for value in found)] for key, found in values.items()]
-    return ["setting", *(run["label"] for run in comparison["runs"])], rows
+def _check_training(longest: RunRecord, longest_file: TokenFile, record: RunRecord, file: TokenFile) -> None:
+    """Compare a run with the one of the longest text; one that repeated a shorter text might have gone on in it."""
+    size, pair = file.train.shape[0], f"{longest.path} and {record.path}"
+    if sequences_fingerprint(file.train, size) != sequences_fingerprint(longest_file.train, size):
+        raise RequestError(f"{pair} were trained on different text. Compare runs with one data.train.")
+    tokens, most = (each.train.shape[0] * each.sequence_length for each in (file, longest_file))
+    if record.steps[-1].tokens > tokens < most:
+        raise RequestError(
+            f"{record.path} repeated its {tokens:,} tokens of training text, {longest.path} had {most:,}, so they were "
+            "trained on different text. Compare runs with one data.train."
+        )
+    if tokens < most:
+        console.warn(
+            f"{record.path} drew on {tokens:,} tokens of the training text, {longest.path} on {most:,}: they saw it in "
+            "another order, and may have calibrated on other parts of it"
+        )
 
 
-def _read_finished(path: Path) -> RunData:
+def _read_finished(path: Path) -> RunRecord:
     """A run whose curve is complete and whole.
 
     Raises:
         RequestError: the folder is no run, the run is not finished, or a file is broken.
     """
-    data = read_run(path)
-    settings, metrics, evaluation = path / SETTINGS_FILE, path / METRICS_FILE, path / "evaluation.json"
-    go_on = f"Go on with: pcscale compress {settings} --resume"
-    done = data.steps[-1].step if data.steps else 0
-    if done < data.config.max_steps:
-        raise RequestError(f"{path} is not finished: {done:,} of {data.config.max_steps:,} steps are done. {go_on}")
-    for name in _MODELS:
-        if name not in data.evaluation:
-            raise RequestError(f"{path} is not finished: {evaluation.name} has no '{name}'. {go_on}")
-        model = data.evaluation[name]
-        for key in ("loss", "parameters"):
-            if not isinstance(model, dict) or not is_number(model.get(key)) or model[key] <= 0:
-                raise RequestError(f"{evaluation} has no positive number as {name}.{key}. Restore the file.")
-    tokens = 0
-    for number, step in enumerate(data.steps, start=1):
-        if step.step != number or step.tokens <= tokens or step.seconds < 0:
-            found = f"step {step.step}, {step.tokens} tokens, {step.seconds} seconds"
-            raise RequestError(f"{metrics} line {number} does not follow the one before ({found}). Restore the file.")
-        tokens = step.tokens
-    if data.steps[-1].eval_loss is None:
-        raise RequestError(f"{metrics} has no eval_loss in its last line. {go_on} max_steps={done + 1}")
-    return data
+    record, folder = RunRecord.read(path), RunFolder(path)
+    go_on = f"Go on with: pcscale compress {folder.settings} --resume"
+    done = record.steps[-1].step if record.steps else 0
+    if done < record.config.max_steps:
+        raise RequestError(f"{path} is not finished: {done:,} of {record.config.max_steps:,} steps are done. {go_on}")
+    missing = [name for name in ("base", "start", "compressed") if name not in record.evaluation.models]
+    if missing:
+        raise RequestError(f"{path} is not finished: {folder.evaluation.name} has no '{missing[0]}'. {go_on}")
+    tokens = [0, *(step.tokens for step in record.steps)]
+    for number, (step, (before, after)) in enumerate(zip(record.steps, pairwise(tokens), strict=True), start=1):
+        if step.step != number or after <= before:
+            found = f"step {step.step}, {step.tokens} tokens"
+            raise RequestError(
+                f"{folder.metrics} line {number} does not follow the one before ({found}). Restore the file."
+            )
+    if record.steps[-1].eval_loss is None:
+        raise RequestError(f"{folder.metrics} has no eval_loss in its last line. {go_on} max_steps={done + 1}")
+    return record
 
 
-def _describe(label: str, data: RunData, curve: dict[str, list[Any]], equal: dict[str, Any]) -> dict[str, Any]:
-    evaluation = data.evaluation
+def _describe(label: str, record: RunRecord, curve: dict[str, list[Any]], equal: dict[str, Any]) -> dict[str, Any]:
+    models = record.evaluation.models
+    peaks = [vars(phase.peak) for phase in record.usage.phases.values()] if record.usage else []
     return {
         "label": label,
-        "run": str(data.run),
-        "base": data.config.base,
-        "parameters": evaluation["compressed"]["parameters"],
-        "base_parameters": evaluation["base"]["parameters"],
-        "seed": data.config.seed,
-        "steps": len(data.steps),
-        "tokens": data.steps[-1].tokens,
-        "seconds": sum(step.seconds for step in data.steps),
-        "peak": _peak(data),
+        "run": str(record.path),
+        "base": record.config.base,
+        "parameters": models["compressed"].parameters,
+        "base_parameters": models["base"].parameters,
+        "seed": record.config.seed,
+        "steps": len(record.steps),
+        "tokens": record.steps[-1].tokens,
+        "seconds": sum(step.seconds for step in record.steps),
+        "peak": {
+            f"{memory}_bytes": max((peak[memory] for peak in peaks if peak[memory] is not None), default=None)
+            for memory in ("host_anonymous", "device")
+        },
         "loss": {
-            "base": evaluation["base"]["loss"],
-            "start": evaluation["start"]["loss"],
+            "base": models["base"].loss,
+            "start": models["start"].loss,
             "final": curve["loss"][-1],
-            "merged": evaluation["compressed"]["loss"],
+            "merged": models["compressed"].loss,
             **{key: float(np.interp(equal[axis], curve[axis], curve["loss"])) for axis, key in _AT_EQUAL.items()},
         },
         "curve": curve,
     }
 
 
-def _peak(data: RunData) -> dict[str, int | None]:
-    """The highest memory of all phases, as measured."""
-    try:
-        phases = side_by_side.phases(replace(data, plan=None))
-        peak = {
-            f"{memory}_bytes": side_by_side.highest(phases, memory)["measured_bytes"]
-            for memory in ("host_anonymous", "device")
-        }
-        if not all(value is None or is_number(value) for value in peak.values()):
-            raise TypeError("a peak is no number")
-        return peak
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{data.run / 'usage.json'} is not as it was written ({error}). Restore the file.") from None
-
-
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """All settings but the place of the run, those of a group as `group.key`."""
+    """All settings but the run's folder, those of a group as `group.key`."""
     flat: dict[str, Any] = {}
     for key, value in config.model_dump(mode="json", exclude={"output"}).items():
         flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else format_seconds(seconds)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ABSENT
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _check_output(output: Path, runs: list[Path]) -> None:
+    if output.suffix.lower() != ".png":
+        raise RequestError(f"{output} is not the name of a .png file. Name one, such as compare.png.")
+    if output.is_dir():
+        raise RequestError(f"{output} is a folder. Name a .png file.")
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder. Make it, or name another place for {output.name}.")
+    for run in runs:
+        if run.resolve() in (folder, *folder.parents):
+            raise RequestError(f"{output} lies in the run {run}, which is left as it is. Name a file elsewhere.")

@@ -1,71 +1,59 @@
-"""What every plot of a report shares: colours, axes, and series cut to a bounded size. Drawn without pyplot."""
+"""Looks of all plots: colours, style, texts beside bars; drawn without pyplot."""
 
 import io
-import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+from cycler import cycler
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 GIB = 2**30
-MAX_POINTS = 1_000
-PLOT_DPI = 180
-
-# Okabe and Ito's colours, told apart with any colour vision. Neighbours in a stack differ in lightness, for grey print.
-BLUE, VERMILLION, SKY, AMBER = "#0072B2", "#D55E00", "#56B4E9", "#E69F00"
-GREEN, YELLOW, PINK = "#009E73", "#F0E442", "#CC79A7"
-INK, GREY, PALE, GRID, RED = "#1F2937", "#6B7280", "#CBD5E1", "#E5E7EB", "#A50026"
-
-Series = tuple[np.ndarray, np.ndarray]
-
-
-def downsample(x: np.ndarray, y: np.ndarray, max_points: int = MAX_POINTS) -> Series:
-    """Means over equal buckets, at most `max_points` of them; NaN in `y` counts only where a bucket has nothing else.
-
-    Args:
-        x: positions, `[n]`.
-        y: values, `[n]`; NaN is a gap.
-        max_points: the bound on the result.
-    """
-    if len(x) <= max_points:
-        return x, y
-    starts = np.arange(0, len(x), math.ceil(len(x) / max_points))
-    present = np.isfinite(y)
-    sizes = np.diff(starts, append=len(x))
-    return np.add.reduceat(x, starts) / sizes, ratio(
-        np.add.reduceat(np.where(present, y, 0.0), starts), np.add.reduceat(present.astype(float), starts)
-    )
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1F2937")
+"""Okabe and Ito's, told apart with any colour vision, and ink."""
+BLUE, VERMILLION, GREEN, PINK, AMBER, SKY, INK = COLOURS
+GREY, PALE = "#6B7280", "#CBD5E1"
+LINES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker=list("osD^vPX")))
+"""Colour and marker change from line to line, the style of the line when all colours are used."""
+styled = rc_context(
+    {
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 12,
+        "axes.titleweight": "bold",
+        "font.size": 9,
+        "grid.color": "#E5E7EB",
+        "hatch.color": "white",
+        "legend.frameon": False,
+        "lines.markersize": 4.5,
+        "text.parse_math": False,
+    }
+)
+"""Decorates a function that makes a figure."""
 
 
-def smooth(y: np.ndarray, window: int) -> np.ndarray:
-    """The running mean around each value over what is there; a gap stays a gap."""
-    present = np.isfinite(y)
-    kernel = np.ones(window)
-    sums = np.convolve(np.where(present, y, 0.0), kernel, mode="same")
-    counts = np.convolve(present.astype(float), kernel, mode="same")
-    return ratio(sums, np.where(present, counts, 0.0))
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure. Units: inches; 10.4 is the width of the page."""
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """NaN where there is nothing to divide by."""
-    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
+def draw_bars(axes: Axes, places: ArrayLike, lengths: ArrayLike, texts: Sequence[str], **look: Any) -> None:
+    """Horizontal bars with a text beside each."""
+    axes.bar_label(axes.barh(places, lengths, **look), texts, padding=4, fontsize=8)
 
 
-def dress(axes: Axes, title: str, pad: float = 8.0) -> None:
-    """The look of all plots: a title at the left, `pad` points above the axes, a light grid, no box."""
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=INK, labelsize=9)
-
-
-def filled(colour: str, hatch: str, edge: str = "white") -> dict[str, Any]:
-    """The look of an area or a bar, for matplotlib; the hatch has the colour of the edge."""
-    return {"facecolor": colour, "hatch": hatch, "edgecolor": edge}
+def finish_bars(axes: Axes, title: str, unit: str, names: Sequence[str]) -> None:
+    """Name horizontal bars, the first one at the top, with room for the texts beside them."""
+    axes.set(title=title, xlabel=unit, yticks=range(len(names)), yticklabels=names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, (axes.dataLim.x1 or 1.0) * (1.4 if names else 1.15))
+    axes.grid(visible=False, axis="y")
 
 
 def time_unit(longest_seconds: float) -> tuple[float, str]:
@@ -80,10 +68,5 @@ def png(figure: Figure) -> bytes:
     image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        figure.savefig(image, format="png", dpi=PLOT_DPI)
+        figure.savefig(image, format="png", dpi=180)
     return image.getvalue()
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure. Units: inches; 10.4 is the width of the page."""
-    return Figure(figsize=(width, height), layout="constrained")

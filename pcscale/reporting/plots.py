@@ -1,72 +1,112 @@
-"""The plots of a run as matplotlib figures: its curves here, all of them in one table."""
+"""The plots of a run and of a comparison of runs, as matplotlib figures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
-from pcscale.reporting.bar_plots import plot_bytes_per_step, plot_memory_by_component, plot_step_time
-from pcscale.reporting.drawing import BLUE, INK, VERMILLION, downsample, dress, new_figure, ratio, smooth
-from pcscale.reporting.memory_plots import plot_memory_over_time
-from pcscale.reporting.run_data import RunData
+from pcscale.common.units import format_bytes
+from pcscale.reporting import drawing, side_by_side
+from pcscale.reporting.drawing import BLUE, COLOURS, GIB, GREY, INK, LINES, VERMILLION, new_figure, styled
+from pcscale.reporting.memory_plot import plot_memory_over_time
+from pcscale.reporting.table import MEMORIES, format_percent
+from pcscale.run.record import RunRecord
 
-SMOOTHING_STARTS_AT = 200  # steps; a shorter run is readable as it is
-MARKERS_END_AT = 40  # points; beyond it the line alone is clearer
+MARKERS = 40
+"""Markers on a line, at most."""
+LABEL_LETTERS = 60
+STEP_PARTS = {
+    "teach": drawing.GREEN,
+    "forward": drawing.SKY,
+    "backward": BLUE,
+    "forward and backward": "#2B93CE",
+    "sweep": VERMILLION,
+    "motion not hidden": drawing.AMBER,
+}
+"""Colours. Evaluations and checkpoints are beside the steps, not in them."""
 
 
-def plot_loss(data: RunData) -> Figure:
+def plot_loss(record: RunRecord) -> Figure:
     """Training loss per step, held-out loss where evaluated (step 0 too), and the base's held-out loss."""
-    figure, axes = _new_plot("Loss", "nats per token")
-    taught = ", with the base's share" if data.config.distill else ""
-    _draw(axes, _steps(data), _values([step.loss for step in data.steps]), f"training{taught}")
-    held_out = [(step.step, step.eval_loss) for step in data.steps if step.eval_loss is not None]
-    if start := data.evaluation.get("start"):
-        held_out.insert(0, (0, start["loss"]))
+    taught = ", with the base's share" if record.config.distill else ""
+    figure, axes = _curve(record, "Loss", "nats per token", [step.loss for step in record.steps], f"training{taught}")
+    models = record.evaluation.models
+    held_out = [(0, models["start"].loss)] if "start" in models else []
+    held_out += [(step.step, step.eval_loss) for step in record.steps if step.eval_loss is not None]
     if held_out:
-        x, y = downsample(*np.array(held_out, dtype=float).T)
-        axes.plot(x, y, color=VERMILLION, marker="o", markersize=4.5, linewidth=1.2, label="held-out")
-    if base := data.evaluation.get("base"):
-        axes.axhline(base["loss"], color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label="base, held-out")
-    axes.legend(frameon=False, fontsize=9)
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color=VERMILLION, marker="o", markevery=_markevery(steps), label="held-out")
+    if "base" in models:
+        axes.axhline(models["base"].loss, color=INK, linestyle="--", label="base, held-out")
+    axes.legend()
     return figure
 
 
-def plot_learning_rate(data: RunData) -> Figure:
+def plot_learning_rate(record: RunRecord) -> Figure:
     """The learning rate that each step used."""
-    figure, axes = _new_plot("Learning rate", "learning rate")
-    axes.plot(*downsample(_steps(data), _values([step.learning_rate for step in data.steps])), color=BLUE)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+    figure, axes = _curve(record, "Learning rate", "learning rate", [step.learning_rate for step in record.steps])
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axes.set_ylim(bottom=0)
     return figure
 
 
-def plot_grad_norm(data: RunData) -> Figure:
+def plot_grad_norm(record: RunRecord) -> Figure:
     """The global gradient norm of each step, before clipping."""
-    figure, axes = _new_plot("Gradient norm, before clipping", "norm")
-    _draw(axes, _steps(data), _values([step.grad_norm for step in data.steps]), "gradient norm")
+    figure, axes = _curve(record, "Gradient norm, before clipping", "norm", [step.grad_norm for step in record.steps])
     axes.set_ylim(bottom=0)
     return figure
 
 
-def plot_tokens_per_second(data: RunData) -> Figure:
+def plot_tokens_per_second(record: RunRecord) -> Figure:
     """Training tokens per second of each step."""
-    figure, axes = _new_plot("Training speed", "tokens per second")
-    tokens = np.diff(_values([step.tokens for step in data.steps]), prepend=0.0)
-    _draw(axes, _steps(data), ratio(tokens, _values([step.seconds for step in data.steps])), "speed")
+    tokens = np.diff([step.tokens for step in record.steps], prepend=0)
+    speed = [count / step.seconds if step.seconds else None for count, step in zip(tokens, record.steps, strict=True)]
+    figure, axes = _curve(record, "Training speed", "tokens per second", speed)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(bottom=0)
     return figure
 
 
-CURVES: dict[str, Callable[[RunData], Figure]] = {
+def plot_memory_by_component(record: RunRecord) -> Figure | None:
+    """Each part of memory at its own highest while training, predicted above measured."""
+    training = side_by_side.phases(record).get("train")
+    return _pairs("Parts of memory while training", training["components"] if training else {})
+
+
+def plot_step_time(record: RunRecord) -> Figure | None:
+    """The seconds of a step by its parts, predicted above measured."""
+    seconds = side_by_side.step_seconds(record)
+    bars = {kind: [(parts or {}).get(name, 0.0) for name in STEP_PARTS] for kind, parts in seconds.items()}
+    bars = {kind: parts for kind, parts in bars.items() if any(parts)}
+    if not bars:
+        return None
+    figure = new_figure(5.4, 1.6 + 0.45 * len(bars))
+    axes, places, left = figure.add_subplot(), range(len(bars)), np.zeros(len(bars))
+    for (name, colour), lengths in zip(STEP_PARTS.items(), np.transpose(list(bars.values())), strict=True):
+        if lengths.any():
+            axes.barh(places, lengths, 0.62, left=left, label=name, color=colour)
+            left += lengths
+    drawing.draw_bars(axes, places, left, [f"{total:.3g} s" for total in left], color="none")
+    drawing.finish_bars(axes, "Seconds of a step", "seconds", list(bars))
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_bytes_per_step(record: RunRecord) -> Figure | None:
+    """Bytes that a step moves, writes and communicates, predicted above measured."""
+    return _pairs("Bytes of a step", side_by_side.bytes_per_step(record))
+
+
+CURVES: dict[str, Callable[[RunRecord], Figure]] = {
     "loss": plot_loss,
     "learning_rate": plot_learning_rate,
     "grad_norm": plot_grad_norm,
     "tokens_per_second": plot_tokens_per_second,
 }
-PLOTS: dict[str, Callable[[RunData], Figure | None]] = {
+PLOTS: dict[str, Callable[[RunRecord], Figure | None]] = {
     **CURVES,
     "memory_over_time": plot_memory_over_time,
     "memory_by_component": plot_memory_by_component,
@@ -76,39 +116,89 @@ PLOTS: dict[str, Callable[[RunData], Figure | None]] = {
 """Every plot by the name of its file; None: the run holds nothing to draw it from."""
 
 
-def figures(data: RunData) -> Iterator[tuple[str, Figure]]:
+@styled
+def figures(record: RunRecord) -> dict[str, Figure]:
     """The plots that the run has something for, by name."""
-    for name, plot in PLOTS.items():
-        figure = plot(data) if data.steps or name not in CURVES else None
-        if figure is not None:
-            yield name, figure
+    drawn = {name: plot(record) for name, plot in PLOTS.items() if record.steps or name not in CURVES}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def _new_plot(title: str, unit: str) -> tuple[Figure, Axes]:
+@styled
+def plot_comparison(comparison: dict[str, Any]) -> Figure:
+    """Curves by tokens and by time above bars of peak memory; dotted lines are where all runs are compared."""
+    runs, equal = comparison["runs"], comparison["equal"]
+    memories = [key for key in MEMORIES if any(run["peak"][f"{key}_bytes"] is not None for run in runs)]
+    heights = [3.6, 0.8 + 0.22 * len(runs)] if memories else [3.6]
+    figure = new_figure(10.4, sum(heights) + 0.2 * (len(runs) + 1))
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    by_tokens = figure.add_subplot(grid[0, 0])
+    by_time = figure.add_subplot(grid[0, 1], sharey=by_tokens)
+    divisor, unit = drawing.time_unit(max(run["curve"]["seconds"][-1] for run in runs))
+    for axes, axis, scale in ((by_tokens, "tokens", 1.0), (by_time, "seconds", divisor)):
+        axes.set_prop_cycle(LINES)
+        for run in runs:
+            places = np.array(run["curve"][axis]) / scale
+            # A name's end tells it from others; beginning with an underscore it would be hidden.
+            label = f" {run['label'][-LABEL_LETTERS:]}"
+            axes.plot(places, run["curve"]["loss"], label=label, markevery=_markevery(places))
+        axes.axvline(equal[axis] / scale, color=GREY, linestyle=":", label="equal tokens, equal time")
+    by_tokens.set(title="Held-out loss by tokens", xlabel="tokens trained on", ylabel="nats per token")
+    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    by_time.set(title="Held-out loss by time", xlabel=f"{unit} of training")
+    for position, key in enumerate(memories):
+        axes = figure.add_subplot(grid[1, :] if len(memories) == 1 else grid[1, position])
+        peaks = [run["peak"][f"{key}_bytes"] for run in runs]
+        texts = ["not measured" if peak is None else format_bytes(peak) for peak in peaks]
+        colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+        drawing.draw_bars(
+            axes, range(len(runs)), [(peak or 0) / GIB for peak in peaks], texts, height=0.62, color=colours
+        )
+        drawing.finish_bars(axes, f"Peak {MEMORIES[key]}", "GiB", [])
+    figure.legend(*by_tokens.get_legend_handles_labels(), loc="outside upper left")
+    return figure
+
+
+def _curve(
+    record: RunRecord, title: str, unit: str, values: Sequence[float | None], label: str = ""
+) -> tuple[Figure, Axes]:
+    """One value of each step as a line, with a gap where there is none."""
     figure = new_figure(6.0, 3.4)
-    axes = figure.add_subplot()
-    dress(axes, title)
-    axes.set_xlabel("optimizer step", color=INK)
-    axes.set_ylabel(unit, color=INK)
+    axes = figure.add_subplot(title=title, xlabel="optimizer step", ylabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    steps = [step.step for step in record.steps]
+    values_or_nan = np.array(values, dtype=float)
+    axes.plot(steps, values_or_nan, color=BLUE, marker=".", markevery=_markevery(steps), label=label)
     return figure, axes
 
 
-def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    """A line; over a long run each step's value turns pale behind the running mean."""
-    if len(x) < SMOOTHING_STARTS_AT:
-        marker = "." if len(x) <= MARKERS_END_AT else ""
-        axes.plot(x, y, color=BLUE, linewidth=1.6, marker=marker, label=label)
-        return
-    window = len(x) // 50
-    axes.plot(*downsample(x, y), color=BLUE, linewidth=0.8, alpha=0.3)
-    axes.plot(*downsample(x, smooth(y, window)), color=BLUE, linewidth=1.6, label=f"{label}, mean of {window} steps")
+def _pairs(title: str, pairs: dict[str, dict[str, Any]]) -> Figure | None:
+    """Two bars a row, predicted above measured; None: there is no row."""
+    kinds: dict[str, dict[str, Any]] = {
+        "predicted": {"facecolor": drawing.PALE, "hatch": "////"},
+        "measured": {"facecolor": BLUE},
+    }
+    pairs = {name: pair for name, pair in pairs.items() if any(pair[f"{kind}_bytes"] for kind in kinds)}
+    if not pairs:
+        return None
+    figure = new_figure(5.4, 1.3 + 0.48 * len(pairs))
+    axes = figure.add_subplot()
+    for (kind, look), offset in zip(kinds.items(), (-0.19, 0.19), strict=True):
+        sizes = [(pair[f"{kind}_bytes"] or 0) / GIB for pair in pairs.values()]
+        texts = [_bar_text(pair, kind) for pair in pairs.values()]
+        drawing.draw_bars(axes, np.arange(len(pairs)) + offset, sizes, texts, height=0.36, label=kind, **look)
+    drawing.finish_bars(axes, title, "GiB", list(pairs))
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
-def _steps(data: RunData) -> np.ndarray:
-    return _values([step.step for step in data.steps])
+def _bar_text(pair: dict[str, Any], kind: str) -> str:
+    """The size of a bar and, for a measured one, how far it is from the predicted size."""
+    size_bytes = pair[f"{kind}_bytes"]
+    if size_bytes is None:
+        return f"not {kind}"
+    change = side_by_side.difference(pair["predicted_bytes"], size_bytes) if kind == "measured" else None
+    return format_bytes(size_bytes) + ("" if change is None else f", {format_percent(change)}")
 
 
-def _values(values: Sequence[float | None]) -> np.ndarray:
-    """None becomes NaN, which matplotlib draws as a gap."""
-    return np.array(values, dtype=float)
+def _markevery(places: Sequence[float] | np.ndarray) -> int:
+    return max(1, len(places) // MARKERS)

@@ -1,9 +1,7 @@
-"""The run folder: where everything of a run lies, and whether a new run may begin or an old one go on."""
+"""The run folder: the names of all its files, and whether a new run may begin there or an old one go on."""
 
-import json
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,102 +18,51 @@ from pcscale.config.load import check_values, dump_run_config, read_values
 from pcscale.config.schema import RunConfig
 from pcscale.run.token_file import TOKENS_NAME
 
-SETTINGS_NAME = "run.yaml"
 BASE_CACHE_NAME = "base-int8.safetensors"
 STEP_PREFIX = "step-"
 FREE_TO_CHANGE = frozenset(
     {
         "base",  # named anew, it must still be the same base: its fingerprints tell
-        "output",
-        "max_steps",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "keep_checkpoints",
-        "max_skipped_steps",
-        "max_memory",
-        "memory_snapshot",
-        "max_shard_size",
-        "report_to",
-        "gradient_checkpointing",
+        *("output", "max_steps", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "max_skipped_steps"),
+        *("max_memory", "memory_snapshot", "max_shard_size", "report_to", "gradient_checkpointing"),
         "trust_remote_code",
         # how a step's sequences are shared out; how many there are stays (state.check_batch)
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "deepspeed",
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed"),
         # where things live changes no number
-        "residency",
-        "base_home",
-        "gradient_home",
-        "pinned_memory",
+        *("residency", "base_home", "gradient_home", "pinned_memory"),
     }
 )
 """Settings that a resumed run may have otherwise; every other one would make it another run."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The paths inside a run folder."""
+    """The paths inside a run folder.
 
-    path: Path
+    Attributes:
+        rebuilt: kept ffn channels with the dropped ones rebuilt into them, until training has begun with it.
+        residency: files of the records while a run with residency disk is training.
+    """
 
-    @property
-    def settings(self) -> Path:
-        return self.path / SETTINGS_NAME
-
-    @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def scores(self) -> Path:
-        return self.path / "scores.safetensors"
-
-    @property
-    def rebuilt(self) -> Path:
-        """What kept ffn channels say of dropped ones, until training has begun with it."""
-        return self.path / "rebuilt.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.path / "evaluation.json"
-
-    @property
-    def merge_result(self) -> Path:
-        return self.path / "merge.json"
-
-    @property
-    def usage(self) -> Path:
-        return self.path / "usage.json"
-
-    @property
-    def memory(self) -> Path:
-        return self.path / "memory.json"
-
-    @property
-    def memory_snapshot(self) -> Path:
-        return self.path / "memory_snapshot.pickle"
-
-    @property
-    def merged(self) -> Path:
-        return self.path / "merged"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def residency(self) -> Path:
-        """The records' files while a run with residency disk is training."""
-        return self.path / "residency"
-
-    @property
-    def base_cache(self) -> Path:
-        return self.path / BASE_CACHE_NAME
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "run.yaml"
+        self.plan = path / "plan.json"
+        self.tokens = path / TOKENS_NAME
+        self.scores = path / "scores.safetensors"
+        self.rebuilt = path / "rebuilt.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.evaluation = path / "evaluation.json"
+        self.merge_result = path / "merge.json"
+        self.usage = path / "usage.json"
+        self.memory = path / "memory.json"
+        self.memory_snapshot = path / "memory_snapshot.pickle"
+        self.report = path / "report.json"
+        self.page = path / "report.html"
+        self.plots = path / "plots"
+        self.merged = path / "merged"
+        self.checkpoints = path / "checkpoints"
+        self.residency = path / "residency"
+        self.base_cache = path / BASE_CACHE_NAME
 
     @property
     def begun(self) -> bool:
@@ -135,18 +82,9 @@ class RunFolder:
         return self.checkpoint(steps[-1]) if steps else None
 
     def clear_results(self) -> None:
-        """Forget what a run without a checkpoint has left: it begins anew, maybe on other text."""
-        tokens = self.path / TOKENS_NAME
-        for path in (
-            tokens,
-            self.scores,
-            self.rebuilt,
-            self.metrics,
-            self.evaluation,
-            self.merge_result,
-            self.usage,
-            self.memory,
-        ):
+        """Forget the results of a run without a checkpoint: it begins anew, maybe on other text."""
+        results = (self.tokens, self.scores, self.rebuilt, self.metrics, self.evaluation)
+        for path in (*results, self.merge_result, self.usage, self.memory):
             path.unlink(missing_ok=True)
 
     def forget_merged(self) -> None:
@@ -155,7 +93,7 @@ class RunFolder:
         write_json(self.evaluation, {key: found[key] for key in found if key not in ("compressed", "sample")})
 
     def records_of(self, rank: int) -> Path:
-        """Where a rank keeps the records that live in files."""
+        """The folder in which a rank keeps the records that live in files."""
         return self.residency / f"rank-{rank}"
 
     def clear_residency(self) -> None:
@@ -163,7 +101,7 @@ class RunFolder:
         shutil.rmtree(self.residency, ignore_errors=True)
 
     def clear_records(self, rank: int) -> None:
-        """Remove a rank's, which has ended: what is worth keeping of them, a checkpoint holds."""
+        """Remove the records' files of a rank that has ended; a checkpoint holds what is worth keeping of them."""
         shutil.rmtree(self.records_of(rank), ignore_errors=True)
         with suppress(OSError):  # Until the last rank's are gone.
             self.residency.rmdir()
@@ -177,8 +115,8 @@ class RunFolder:
             shutil.rmtree(doomed)
 
 
-def open_run(config: RunConfig, resume: bool) -> RunFolder:
-    """The folder of a run that begins or goes on; run.yaml is written.
+def begin_folder(config: RunConfig, resume: bool) -> RunFolder:
+    """Make the folder of a run that begins or goes on, and write run.yaml into it.
 
     Raises:
         RequestError: the folder holds something else, a run that `--resume` was not asked for, or a run with other
@@ -222,30 +160,8 @@ def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 
 
 def _bound(config: RunConfig) -> dict[str, Any]:
-    """What makes a run this one. A teacher's folder may lie elsewhere: its hashes tell whether it is of this base."""
+    """The settings that make a run this one; a teacher's folder may lie elsewhere, since its hashes tell it."""
     values = config.model_dump(exclude=set(FREE_TO_CHANGE))
     if values["distill"] is not None:
         values["distill"]["cache"] = values["distill"]["cache"] is not None
     return values
-
-
-def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to a step; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] > last_step:
-            break
-        rows.append(row)
-    return rows
-
-
-def cut_metrics(path: Path, last_step: int) -> None:
-    """Cut metrics.jsonl back to a checkpoint: the steps after it are made again."""
-    rows = read_metrics(path, last_step)
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,16 +1,15 @@
-"""What a checkpoint is: the manifest that binds its files to each other and to the base."""
+"""The manifest of a checkpoint, which binds its files to each other and to the base."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json, write_json
 from pcscale.families.plan import Plan
 from pcscale.families.registry import family_of
+from pcscale.run.documents import checked
 from pcscale.storage.hashing import fingerprint_file
 
 MANIFEST_NAME = "manifest.json"
@@ -18,8 +17,6 @@ OUTER_NAME = "outer.safetensors"
 RECORDS_NAME = "records"
 TRAINER_NAME = "trainer.json"
 FORMAT_VERSION = 3
-"""2: records in several precisions and ranks, and the 8-bit base, whose fields have the defaults of version 1; 3: an S
-that is dense, in outer.safetensors."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,12 @@ class Manifest:
         method: `projected` or `hard_prune`.
         base_name, base_revision: how the base was named; the Hub's commit, None for a local folder.
         base_config: the base's config.json.
-        base_fingerprints: of every base weight, by tensor name.
+        base_fingerprints: fingerprint of every base weight, by tensor name.
         hidden_size, intermediate_size: the compressed model's widths.
         files: fingerprints of the checkpoint's tensor files, by path below its folder.
-        projection_rank: of D; None: D is kept whole.
-        coded_fingerprints: of the 8-bit codes of the base's matrices, by name; empty: training saw them as stored.
+        projection_rank: rank of D; None: D is kept whole.
+        coded_fingerprints: fingerprints of the 8-bit codes of the base's matrices, by name; empty: training saw them as
+            stored.
     """
 
     step: int
@@ -72,14 +70,9 @@ class Manifest:
             )
         values = read_json(folder / MANIFEST_NAME)
         version = values.get("format_version") if isinstance(values, dict) else None
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise RequestError(f"{folder} has checkpoint format {version!r}, this version reads 1 to {FORMAT_VERSION}.")
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise RequestError(f"{folder / MANIFEST_NAME}: {where}: {problem['msg']}. The file was changed.") from None
+        if version != FORMAT_VERSION:
+            raise RequestError(f"{folder} has checkpoint format {version!r}, this version reads {FORMAT_VERSION}.")
+        return checked(values, cls, str(folder / MANIFEST_NAME), "The file was changed.")
 
     def file(self, folder: Path, name: str) -> Path:
         """The path of a tensor file, after its bytes were found to be those that were written.

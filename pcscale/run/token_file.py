@@ -1,4 +1,4 @@
-"""The file that holds a run's tokens, as far as it says what two runs have in common. Needs no torch.
+"""The header of a run's token file, which tells what two runs have in common. Needs no torch.
 
 Shapes: N train sequences, M held-out sequences, T tokens in a sequence.
 """
@@ -14,7 +14,7 @@ from pcscale.storage.index import TensorEntry, read_header
 TOKENS_NAME = "tokens.safetensors"
 TRAIN, VALIDATION = "train", "validation"
 KEY, TOKENIZER = "key", "tokenizer"
-"""What its header says beside the tensors: what they were made of, and whose ids they are, both as fingerprints."""
+"""Keys of its header beside the tensors: what they were made of, and whose ids they are, both as fingerprints."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_token_file(run: Path) -> TokenFile:
     """The header of the token file in a run folder.
 
     Raises:
-        RequestError: it is missing or broken, or from before tokenizers were told apart.
+        RequestError: it is missing or broken.
     """
     file = run / TOKENS_NAME
     entries, metadata = read_header(file)
@@ -48,18 +48,12 @@ def read_token_file(run: Path) -> TokenFile:
     if train is None or validation is None or any(len(entry.shape) != 2 for entry in (train, validation)):
         raise RequestError(f"{file} does not hold the sequences {TRAIN} and {VALIDATION}. Restore the file.")
     if TOKENIZER not in metadata:
-        raise RequestError(
-            f"{file} does not say which tokenizer made it: it was written by an earlier version. Run it anew."
-        )
+        raise RequestError(f"{file} does not say which tokenizer made it. Restore the file.")
     return TokenFile(train, validation, metadata[TOKENIZER])
 
 
 def sequences_fingerprint(entry: TensorEntry, count: int) -> str:
-    """Of the first sequences of a tensor of the token file. Memory: file-backed.
-
-    Args:
-        count: of sequences, at most as many as there are.
-    """
+    """A fingerprint of the first `count` sequences of a tensor of the token file. Memory: file-backed."""
     num_bytes = entry.num_bytes * count // max(entry.shape[0], 1)
     with (
         entry.file.open("rb") as handle,

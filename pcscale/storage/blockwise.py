@@ -39,7 +39,7 @@ class Blockwise:
     signed: bool = True
 
     def part(self, start: int, stop: int) -> "Blockwise":
-        """The values from `start`, a multiple of 256, up to `stop` of the flat codes."""
+        """The values from `start`, a multiple of 256, to `stop` of the flat codes."""
         assert start % QUANTISED_BLOCK == 0
         return Blockwise(
             self.codes.view(-1)[start:stop],
@@ -61,7 +61,7 @@ class Blockwise:
             self.encode_by_search(values)
 
     def encode_by_search(self, values: torch.Tensor) -> None:
-        """The same by bitsandbytes' own search: slow on a processor, for what is coded once."""
+        """Code float32 values by bitsandbytes' own search: slow on a processor, for values that are coded once."""
         code = _code(self.signed, values.device)
         codes, absmax = _operations().quantize_blockwise(values, code, QUANTISED_BLOCK)
         self.codes.copy_(codes if self.signed else codes.clamp_(min=1))
@@ -77,7 +77,7 @@ class Blockwise:
             scaled = blocks.abs()
             absmax = self.absmax[part.start // QUANTISED_BLOCK :][: len(blocks)]
             torch.amax(scaled, 1, out=absmax)
-            # A denormal scale could not be divided by; what is that small is zero.
+            # A denormal scale could not be divided by; values that small are zero.
             torch.div(blocks, absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None], out=scaled)
             index = scaled.half().view(torch.int16).view(-1).to(torch.int32).add_(_HALVES // 2)
             torch.index_select(_table(self.signed), 0, index, out=codes[part])

@@ -10,11 +10,12 @@ import xxhash
 
 
 def fingerprint(data: memoryview | bytes) -> str:
+    """The fingerprint of some bytes, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def fingerprint_file(path: Path) -> str:
-    """Memory: file-backed only."""
+    """The fingerprint of a file's content. Memory: file-backed only."""
     if not path.stat().st_size:
         return fingerprint(b"")
     with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:

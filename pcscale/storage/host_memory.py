@@ -14,13 +14,13 @@ class HostBytes:
     """A block of host memory, pinned where there is a GPU. Memory: `num_bytes`, anonymous, once it is written to.
 
     Attributes:
-        home: `pinned` or `host`, as the ledger calls it.
+        placement: `pinned` or `host`, as in the ledger.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
-        self.home = "pinned" if torch.cuda.is_available() else "host"
-        if self.home == "pinned" and num_bytes:
+        self.placement = "pinned" if torch.cuda.is_available() else "host"
+        if self.placement == "pinned" and num_bytes:
             # torch's own pin_memory rounds every block up to a power of two.
             runtime: Any = torch.cuda.cudart()
             status = runtime.cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0)
@@ -45,9 +45,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 class Arena:
-    """One block of bytes from which buffers are taken and given back, by several threads.
+    """One block of bytes from which several threads take buffers and give them back.
 
-    Taken once and used again: fresh memory costs more than what is written into it.
+    The block is used again and again: fresh memory costs more than writing into it.
 
     Args:
         block: flat uint8, on any device.
@@ -56,7 +56,7 @@ class Arena:
     def __init__(self, block: torch.Tensor) -> None:
         self._block = block
         self._taken: dict[int, int] = {}
-        """Where each buffer that is out begins and ends."""
+        """The end of each buffer that is out, by its address."""
         self._changed = threading.Condition()
 
     @property
@@ -82,7 +82,7 @@ class Arena:
             self._changed.notify_all()
 
     def _gap(self, num_bytes: int) -> int | None:
-        """Where the first gap begins that is large enough; None: there is none."""
+        """The start of the first gap that is large enough; None: there is none."""
         start, base = 0, self._block.data_ptr()
         for address, end in sorted(self._taken.items()):
             if address - base - start >= num_bytes:

@@ -1,4 +1,4 @@
-"""What is inside a folder of safetensors shards, read from headers alone: no torch, no weight."""
+"""The tensors in a folder of safetensors shards, read from headers alone: no torch, no weight."""
 
 import json
 import math
@@ -30,7 +30,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. `start` counts from the beginning of the file. Units: bytes."""
+    """One tensor's place in a file. `start` counts from the beginning of the file. Units: bytes."""
 
     name: str
     file: Path
@@ -96,6 +96,7 @@ def _entry(name: str, file: Path, fields: dict, data_start: int) -> TensorEntry:
 
 
 def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds a safetensors checkpoint, by file names alone."""
     return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
 
 

@@ -1,4 +1,4 @@
-"""Tensors as views of memory-mapped files: nothing is copied, and what is touched stays file-backed memory."""
+"""Tensors as views of memory-mapped files: nothing is copied, and pages that are read stay file-backed memory."""
 
 import mmap
 import os
@@ -29,16 +29,15 @@ TORCH_DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-
 _ADVISED_BYTES = 2**20
 _advisor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
 
 
 def read_ahead(file: Path, start: int, num_bytes: int) -> None:
-    """Have a part of a file read into the page cache while this thread goes on.
+    """Have a part of a file read into the page cache while the caller goes on.
 
-    Linux reads only the first megabytes of one large request, so it is asked for a megabyte at a time, which takes a
-    while and so is done on a thread. Memory: file-backed only.
+    Linux serves only the first megabytes of one large request. A thread therefore asks for one megabyte at a time.
+    Memory: file-backed only.
     """
 
     def advise() -> None:

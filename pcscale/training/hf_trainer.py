@@ -5,10 +5,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pcscale.base.mapped import MappedBase
 from pcscale.common.errors import RequestError
+from pcscale.projection.checkpoint import load_state, save_state
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.state import load_state, save_state
 
 PROJECTION_NAME = "projection"
 
@@ -18,12 +17,10 @@ class ProjectionCallback(TrainerCallback):
 
     Args:
         optimizer: the one handed to the Trainer in `optimizers=(optimizer, None)`.
-        base: the base that it projects.
     """
 
-    def __init__(self, optimizer: ProjectedAdamW, base: MappedBase) -> None:
+    def __init__(self, optimizer: ProjectedAdamW) -> None:
         self.optimizer = optimizer
-        self.base = base
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raises: RequestError: the Trainer has more than one process or DeepSpeed, or gradients are on the host."""
@@ -47,10 +44,10 @@ class ProjectionCallback(TrainerCallback):
         folder = _projection_folder(args, state)
         if not folder.exists():
             raise RequestError(f"{folder} does not exist, so the projections cannot be resumed. Keep it in output_dir.")
-        load_state(folder, self.optimizer, self.base)
+        load_state(folder, self.optimizer)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        save_state(_projection_folder(args, state), state.global_step, self.optimizer, self.base)
+        save_state(_projection_folder(args, state), state.global_step, self.optimizer)
 
 
 def _projection_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from pcscale.base.mapped import MappedBase
 from pcscale.common.allocator import release_between_stages
 from pcscale.common.console import console
 from pcscale.common.errors import Interrupted, RunError
@@ -22,6 +21,7 @@ from pcscale.common.topology import Group
 from pcscale.config.schema import RunConfig
 from pcscale.data.loader import step_batches
 from pcscale.evaluation.perplexity import mean_loss
+from pcscale.projection.engine import Engine
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.folder import RunFolder
 from pcscale.training.interrupt import StopRequest
@@ -34,16 +34,16 @@ from pcscale.training.trackers import open_trackers
 
 @dataclass
 class Training:
-    """A run under way: what `train` works on.
+    """A run under way, on which `train` works.
 
     Attributes:
-        loss_module: what the engine gave to call.
+        loss_module: the module that the engine gave to call.
     """
 
     config: RunConfig
     folder: RunFolder
-    base: MappedBase
     group: Group
+    engine: Engine
     loss_module: nn.Module
     optimizer: ProjectedAdamW
     train_NT: torch.Tensor
@@ -61,7 +61,7 @@ class Training:
 
     @property
     def moved_bytes(self) -> int:
-        """What this rank has moved so far for sweeps and teacher."""
+        """Bytes that this rank has moved so far for sweeps and teacher."""
         return self.optimizer.records.traffic.total + (self.teacher.read_bytes if self.teacher else 0)
 
 
@@ -98,13 +98,13 @@ def train(training: Training) -> None:
 
 @contextmanager
 def _metrics(training: Training) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what a step's row is given to: metrics.jsonl and the trackers on the first rank, nothing on others."""
+    """Yield the function that takes a step's row, into metrics.jsonl and trackers; on the first rank alone."""
     if not training.group.topology.is_first:
         yield lambda row: None
         return
     path = training.folder.metrics
     with (
-        open_trackers(training.config, training.folder.path) as trackers,
+        open_trackers(training.config.report_to, training.folder.path) as trackers,
         readable_os_errors(path),
         path.open("a", encoding="utf-8") as metrics,
     ):
@@ -166,7 +166,7 @@ def _take_step(training: Training) -> dict[str, Any]:
 
 def evaluate_now(training: Training, label: str = "evaluate") -> float:
     """The held-out loss of the compressed model as it is."""
-    batch, device = training.config.per_device_train_batch_size, training.optimizer.engine.device
+    batch, device = training.config.per_device_train_batch_size, training.engine.device
     with ledger.during("evaluate"):
         loss = mean_loss(training.loss_module, training.validation_MT, batch, label, device, training.group)
     release_between_stages(device)
@@ -176,7 +176,8 @@ def evaluate_now(training: Training, label: str = "evaluate") -> float:
 def _save(training: Training) -> None:
     folder = training.folder.checkpoint(training.state.step)
     with ledger.during("checkpoint"):
-        save_checkpoint(folder, training.state, training.optimizer, training.base, training.config, training.group)
+        settings = training.config.model_dump(mode="json")
+        save_checkpoint(folder, training.state, training.optimizer, settings, training.group)
     if training.group.topology.is_first:
         training.folder.prune_checkpoints(training.config.keep_checkpoints)
 

@@ -12,7 +12,7 @@ def rate_factor(step: int, warmup_steps: int, max_steps: int) -> float:
     Linear from 0.1 over `warmup_steps`, then a cosine back to 0.1 at the last step. A warm-up longer than the run is
     cut off with it.
 
-    Source: the authors' set-up (method, section 1).
+    Source: the authors' set-up, Stefaniak et al., arXiv:2506.22255; docs/method.md, Schedule.
     """
     done = step - 1
     if done < warmup_steps:

@@ -15,7 +15,7 @@ from pcscale.training.teacher import AnyTeacher
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw.
+    """The outcome of a step.
 
     Attributes:
         loss: mean over the step's batch, before the update.
@@ -41,22 +41,22 @@ def training_step(
     Args:
         micro_batches: token ids `[B, T]`, equally large.
         accumulation: how many there are.
-        teacher: says beforehand what there is to say of all of them; None: there is none.
+        teacher: gives the targets of all of them beforehand; None: there is none.
     """
     engine = optimizer.engine
     total = torch.zeros((), device=engine.device)
     if accumulation > 1:
         engine.hold_gradients()
     batches = list(micro_batches)
-    said: list[tuple[torch.Tensor, ...]] = [() for _ in batches]
+    targets: list[tuple[torch.Tensor, ...]] = [() for _ in batches]
     if teacher is not None:
         with ledger.during("teach"):
-            said = teacher.says(batches)
+            targets = teacher.targets(batches)
         release_between_stages(engine.device)
     for position, ids_BT in enumerate(batches):
         with ledger.during("forward"):
-            loss = loss_module(ids_BT.to(engine.device), *(values.to(engine.device) for values in said[position]))
-        said[position] = ()  # It is not needed again.
+            loss = loss_module(ids_BT.to(engine.device), *(values.to(engine.device) for values in targets[position]))
+        targets[position] = ()  # Not needed again.
         with ledger.during("backward"):
             engine.backward(loss, accumulation)
         total += loss.detach() / accumulation

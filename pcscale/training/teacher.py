@@ -1,8 +1,6 @@
-"""The frozen base as a teacher: a step's batches go through it layer by layer, or were given to it before the run."""
+"""The frozen base as a teacher: targets for a step's batches, from a layer-major pass or made before the run."""
 
 from collections.abc import Iterable
-from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -13,14 +11,13 @@ from pcscale.common.errors import RequestError
 from pcscale.common.ledger import TEACHER, ledger, placement_of
 from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
 from pcscale.common.topology import Topology
-from pcscale.config.schema import DistillConfig, RunConfig
-from pcscale.data.loader import sequences_seen
+from pcscale.config.schema import DistillConfig
 from pcscale.model.loss import Distillation
-from pcscale.training.teacher_cache import Place, TeacherCache, sequence_key
+from pcscale.training.teacher_cache import SequenceAddress, TeacherCache, sequence_key
 
 
 class Teacher:
-    """What the base says of the tokens that the compressed model is trained on.
+    """The live teacher: the base itself, run over the tokens that the compressed model is trained on.
 
     Args:
         base: the frozen base.
@@ -28,7 +25,7 @@ class Teacher:
         device: where its layers run.
         dtype: what they run in.
 
-    Memory: one layer, what it says of the step's tokens on the host (hidden states, or its most likely tokens), and
+    Memory: one layer, the targets of the step's tokens on the host (hidden states, or its most likely tokens), and
     where its whole distribution counts its head on the device.
     """
 
@@ -41,25 +38,25 @@ class Teacher:
 
     @property
     def read_bytes(self) -> int:
-        """Of the base's weights, so far."""
+        """Bytes of the base's weights that were read so far."""
         return self._model.read_bytes
 
-    def says(self, batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-        """Of each batch `[B, T]` what `NextTokenLoss` takes, on the host."""
-        settings, said = self._settings, []
+    def targets(self, batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """The targets of each batch `[B, T]`, as `NextTokenLoss` takes them, on the host."""
+        settings, targets = self._settings, []
         for hidden in self._model.hidden_states(batches, None):
             if settings.top_k is None:
-                said += [(hidden_BTH,) for hidden_BTH in hidden]
+                targets += [(hidden_BTH,) for hidden_BTH in hidden]
             else:
-                said += self._model.most_likely(hidden, settings.top_k, settings.temperature)
-        return said
+                targets += self._model.most_likely(hidden, settings.top_k, settings.temperature)
+        return targets
 
 
 class CachedTeacher:
-    """What the base has said before, found by the token ids of a sequence.
+    """Targets that were made before the run, found by the token ids of a sequence.
 
     Args:
-        cache: where it is kept.
+        cache: the folder with them.
         settings: of run.yaml; `top_k` is the cache's or less.
         sequences: token ids `[T]` of every sequence that will be asked for.
         more: the command that adds what is missing, for errors.
@@ -68,7 +65,7 @@ class CachedTeacher:
     Raises:
         RequestError: a file of the cache is missing or was changed, or it lacks some of the sequences.
 
-    Memory: some 180 bytes a sequence, and what is said of the step's tokens, on the host; the cache is file-backed.
+    Memory: some 180 bytes a sequence, and the targets of the step's tokens, on the host; the cache is file-backed.
     """
 
     def __init__(
@@ -78,65 +75,59 @@ class CachedTeacher:
         if check:
             cache.check(f"Remove it and make it again: {more}")
         self._cache, self._top_k = cache, settings.top_k
-        self._places: dict[bytes, Place | None] = dict.fromkeys(map(sequence_key, sequences))
-        for key, place in cache.places():
-            if key in self._places:
-                self._places[key] = place
-        missing = sum(place is None for place in self._places.values())
+        self._addresses: dict[bytes, SequenceAddress | None] = dict.fromkeys(map(sequence_key, sequences))
+        for key, address in cache.addresses():
+            if key in self._addresses:
+                self._addresses[key] = address
+        missing = sum(address is None for address in self._addresses.values())
         if missing:
             raise RequestError(
-                f"distill.cache {cache.folder} lacks {missing:,} of the {len(self._places):,} sequences that this run "
-                f"trains on. Add them: {more}"
+                f"distill.cache {cache.folder} lacks {missing:,} of the {len(self._addresses):,} sequences that this "
+                f"run trains on. Add them: {more}"
             )
-        ledger.keep(self, TEACHER, "host", CACHED_SEQUENCE_BYTES * len(self._places))
+        ledger.keep(self, TEACHER, "host", CACHED_SEQUENCE_BYTES * len(self._addresses))
         self.distillation = Distillation(settings.weight, settings.temperature)
         self.read_bytes = 0
 
-    def says(self, batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-        """Of each batch `[B, T]` the most likely tokens, int32 `[B, T, k]`, and logarithms, float32, on the host."""
-        said = []
+    def targets(self, batches: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """For each batch `[B, T]` the most likely tokens, int32 `[B, T, k]`, and logarithms, float32, on the host."""
+        targets = []
         for ids_BT in batches:
             top_BTk = torch.empty(*ids_BT.shape, self._top_k, dtype=torch.int32)
             log_p_BTk = torch.empty(top_BTk.shape)
             for row, ids_T in enumerate(ids_BT):
-                place = self._places[sequence_key(ids_T)]
-                assert place is not None
+                address = self._addresses[sequence_key(ids_T)]
+                assert address is not None
                 # Copied at once: a view keeps its shard open.
-                top_Tk, log_p_Tk = self._cache.said(place, self._top_k)
+                top_Tk, log_p_Tk = self._cache.targets(address, self._top_k)
                 top_BTk[row], log_p_BTk[row] = top_Tk, log_p_Tk
                 self.read_bytes += top_Tk.nbytes + log_p_Tk.nbytes
-            said.append((top_BTk, log_p_BTk))
-        return said
+            targets.append((top_BTk, log_p_BTk))
+        return targets
 
 
 AnyTeacher = Teacher | CachedTeacher
 
 
-def find_taught(
-    cache: TeacherCache, config: RunConfig, train_NT: torch.Tensor, topology: Topology, run_yaml: Path
+def open_cached_teacher(
+    cache: TeacherCache,
+    settings: DistillConfig,
+    train_NT: torch.Tensor,
+    seen: torch.Tensor,
+    more: str,
+    topology: Topology,
 ) -> CachedTeacher:
-    """The teacher of a run, with every sequence that the run will train on.
+    """The teacher of a run, with the targets of every sequence that the run will train on.
 
     Args:
-        run_yaml: the run's settings, for the command that adds what is missing.
+        seen: rows of `train_NT` that the run trains on.
+        more: the command that adds what is missing, for errors.
 
     Raises:
         RequestError: a file of the cache is missing or was changed, or it lacks some of the sequences.
     """
-    distill = config.distill
-    assert distill is not None
-    count = config.max_steps * config.sequences_per_step * topology.world_size
-    seen = sequences_seen(len(train_NT), config.seed, count)
-    more = f"pcscale teach {quote(str(run_yaml))} --tokens {train_NT.numel()}"
-    if distill.top_k != cache.manifest.top_k:
-        more += f" --top-k {cache.manifest.top_k}"
-    in_bf16 = cache.manifest.dtype == "bfloat16"
-    if in_bf16 != config.bf16:
-        more += f" bf16={str(in_bf16).lower()}"
-        if config.gradient_dtype == "bfloat16":  # Refused without bf16.
-            more += " gradient_dtype=float32"
     check = topology.local_rank == 0  # Once a host.
     # One by one: together they would be a second copy of the text.
-    teacher = CachedTeacher(cache, distill, (train_NT[row] for row in seen.numpy()), more, check)
+    teacher = CachedTeacher(cache, settings, (train_NT[row] for row in seen.numpy()), more, check)
     console.say(f"teacher: {len(seen):,} sequences found in {cache.folder}")
     return teacher

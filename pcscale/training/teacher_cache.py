@@ -1,4 +1,4 @@
-"""What the base says of a text, in a folder: its most likely next tokens, for every run on that text.
+"""Teacher targets in a folder: the base's most likely next tokens of a text, for every run on that text.
 
     TEACHER_FOLDER/  teacher.json  shard-00000.safetensors …
 
@@ -23,7 +23,7 @@ from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json, write_json
 from pcscale.common.sizes import token_bytes
-from pcscale.config.schema import RunConfig
+from pcscale.config.schema import DistillConfig
 from pcscale.run.manifest import Manifest
 from pcscale.storage.hashing import fingerprint, fingerprint_file
 from pcscale.storage.index import read_header
@@ -33,18 +33,18 @@ from pcscale.storage.writer import write_tensors
 TEACHER_NAME = "teacher.json"
 FORMAT_VERSION = 1
 LOG_DTYPE = torch.float16
-"""Of logarithms of probabilities: a relative error of 2^-11, and no text makes one below its range that matters."""
+"""Dtype of logarithms of probabilities: a relative error of 2^-11, and none below its range matters."""
 KEYS, IDS, LOG_PROBABILITIES = "keys", "ids", "log_probabilities"
 _KEY_BYTES = 16
 OPEN_SHARDS = 64
-"""That stay mapped, by whichever was used last: each takes one of the some 1,000 files that a process may have open."""
+"""Shards that stay mapped, those used last: each takes one of the some 1,000 files that a process may have open."""
 
-Place = tuple[str, int]
+SequenceAddress = tuple[str, int]
 """A shard, and the row of a sequence in it."""
 
 
 def sequence_key(ids_T: torch.Tensor) -> bytes:
-    """What stands for a sequence: a hash of its token ids as int32."""
+    """The key of a sequence: a hash of its token ids as int32."""
     return bytes.fromhex(fingerprint(ids_T.int().contiguous().numpy().data))
 
 
@@ -56,8 +56,8 @@ class TeacherManifest:
         base_name, base_revision, base_config, base_fingerprints: as in a checkpoint's manifest.
         sequence_length: T.
         top_k: k.
-        temperature: what logits were divided by before the softmax.
-        dtype: what the base ran in.
+        temperature: divisor of logits before the softmax.
+        dtype: of the base's pass.
         shards: fingerprints of the files, by name.
     """
 
@@ -132,7 +132,7 @@ class TeacherCache:
         """Compare every file with its fingerprint.
 
         Args:
-            remedy: what to do about one that is missing or changed.
+            remedy: advice about one that is missing or changed.
 
         Raises:
             RequestError: there is such a file.
@@ -147,15 +147,15 @@ class TeacherCache:
                     raise RequestError(f"{path} is not what was written (its fingerprint differs). {remedy}")
                 progress.advance(sizes[name] / 2**20)
 
-    def places(self) -> Iterator[tuple[bytes, Place]]:
-        """Every sequence's key, and where it lies."""
+    def addresses(self) -> Iterator[tuple[bytes, SequenceAddress]]:
+        """Every sequence's key and address."""
         for name in self.manifest.shards:
             for row, key_16 in enumerate(self._shard(name).tensor(KEYS).numpy()):
                 yield key_16.tobytes(), (name, row)
 
-    def said(self, place: Place, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def targets(self, address: SequenceAddress, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and logarithms of the most likely tokens after each of a sequence, `[T, k]`: views, in stored dtypes."""
-        name, row = place
+        name, row = address
         ids_NTk, log_p_NTk = (self._shard(name).tensor(tensor) for tensor in (IDS, LOG_PROBABILITIES))
         return ids_NTk[row, :, :top_k], log_p_NTk[row, :, :top_k]
 
@@ -164,8 +164,10 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def open_cache(config: RunConfig, base: MappedBase, manifest: Manifest | None) -> TeacherCache | None:
-    """The cache that a run is taught from, found to be of its base and settings; None: it needs none.
+def open_cache(
+    distill: DistillConfig, sequence_length: int, base: MappedBase, manifest: Manifest | None
+) -> TeacherCache:
+    """The cache that a run is taught from, found to be of its base and settings.
 
     The base's weights are compared as they are read.
 
@@ -175,15 +177,13 @@ def open_cache(config: RunConfig, base: MappedBase, manifest: Manifest | None) -
     Raises:
         RequestError: there is no such cache, or it is of another base, or made in another way.
     """
-    distill = config.distill
-    if distill is None or distill.cache is None or (manifest and manifest.step >= config.max_steps):
-        return None
+    assert distill.cache is not None
     folder = Path(distill.cache).expanduser()
     found = TeacherManifest.read(folder)
     found.check(
         folder,
         base,
-        sequence_length=("sequence_length", config.sequence_length),
+        sequence_length=("sequence_length", sequence_length),
         temperature=("distill.temperature", distill.temperature),
     )
     assert distill.top_k is not None
@@ -206,19 +206,19 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(
-    path: Path, ids_NT: torch.Tensor, said: list[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
+    path: Path, ids_NT: torch.Tensor, targets: list[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
 ) -> str:
-    """Write what the base says of sequences; returns the file's fingerprint.
+    """Write the targets of sequences; returns the file's fingerprint.
 
     Args:
-        said: by batch of the sequences, ids and logarithms `[B, T, k]`.
+        targets: by batch of the sequences, ids and logarithms `[B, T, k]`.
     """
     keys_N16 = torch.frombuffer(bytearray(b"".join(map(sequence_key, ids_NT))), dtype=torch.uint8)
     id_dtype = torch.uint16 if token_bytes(vocab_size) == 2 else torch.int32
     lowest = torch.finfo(LOG_DTYPE).min
     tensors = {
         KEYS: keys_N16.view(len(ids_NT), _KEY_BYTES),
-        IDS: torch.cat([top_BTk.to(id_dtype) for top_BTk, _ in said]),
-        LOG_PROBABILITIES: torch.cat([log_p_BTk.clamp_min(lowest).to(LOG_DTYPE) for _, log_p_BTk in said]),
+        IDS: torch.cat([top_BTk.to(id_dtype) for top_BTk, _ in targets]),
+        LOG_PROBABILITIES: torch.cat([log_p_BTk.clamp_min(lowest).to(LOG_DTYPE) for _, log_p_BTk in targets]),
     }
     return write_tensors(path, tensors, {"format": "pt"})

@@ -1,6 +1,6 @@
-"""The trackers behind `report_to`: every metrics row goes to each of them."""
+"""The metrics trackers behind `report_to`: every metrics row goes to each of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pcscale.common.errors import RequestError
-from pcscale.config.schema import RunConfig
 from pcscale.storage.hashing import fingerprint
 
 Log = Callable[[dict[str, Any]], None]
@@ -16,7 +15,7 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Trackers:
-    """The open ones."""
+    """Open metrics trackers."""
 
     logs: tuple[Log, ...]
 
@@ -50,9 +49,9 @@ def _wandb(folder: Path) -> tuple[Log, Callable[[], None]]:
 OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
-def check_trackers(config: RunConfig) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuse a tracker whose package is absent, before any work."""
-    for name in config.report_to:
+    for name in names:
         if find_spec(name) is None:
             raise RequestError(
                 f"report_to names {name}, which is not installed. Run `pip install {name}` or remove it."
@@ -60,8 +59,9 @@ def check_trackers(config: RunConfig) -> None:
 
 
 @contextmanager
-def open_trackers(config: RunConfig, folder: Path) -> Iterator[Trackers]:
-    opened = [OPENERS[name](folder) for name in config.report_to]
+def open_trackers(names: Sequence[str], folder: Path) -> Iterator[Trackers]:
+    """Open these trackers on a run folder, and close them after the block."""
+    opened = [OPENERS[name](folder) for name in names]
     try:
         yield Trackers(tuple(log for log, _ in opened))
     finally:

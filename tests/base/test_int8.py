@@ -141,7 +141,7 @@ def test_weight_decay_pulls_aux_towards_its_start(
     start = auxes(optimizer)
     away = "model.layers.0.mlp.down_proj.weight"
     record = optimizer.records[away].tensors()
-    optimizer.records.home.create(away, record | {"aux": record["aux"].float() + 1.0})
+    optimizer.records.residency.create(away, record | {"aux": record["aux"].float() + 1.0})
     for _ in range(12):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -52,12 +52,12 @@ def test_a_hub_id_is_fetched_without_pickles_and_its_commit_kept(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.update(name=name, patterns=allow_patterns, ignored=ignore_patterns)
         return str(tmp_path / "snapshots" / "abc123")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    found = resolve_base("acme/tiny-1.0", config_only)
+    found = resolve_base("acme/tiny-1.0", config_only=config_only)
     assert found == BaseFolder(tmp_path / "snapshots" / "abc123", "acme/tiny-1.0", "abc123")
     assert asked["name"] == "acme/tiny-1.0"
     assert ("model*.safetensors" in asked["patterns"]) is not config_only
@@ -66,7 +66,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_its_commit_kept(
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_refused_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         raise OSError(f"no\n  network for {name} " + "x" * 500)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

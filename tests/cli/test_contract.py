@@ -15,7 +15,10 @@ from pcscale.config.help import themed_fields
 from pcscale.config.schema import RunConfig
 from tests.runs import World, invoke, refusal, run_values, snapshot, write_yaml
 
-SUBCOMMANDS = ("plan", "compress", "demo", "calibrate", "teach", "merge", "evaluate", "verify", "report", "compare")
+SUBCOMMANDS = (
+    *("plan", "compress", "demo", "calibrate", "teach", "merge"),
+    *("evaluate", "verify", "report", "compare", "recipes"),
+)
 FLAGS = {
     "plan": ["--keep", "--target-params", "--hidden-size", "--intermediate-size"],
     "compress": ["--resume", "--dry-run"],
@@ -27,6 +30,7 @@ FLAGS = {
     "verify": [],
     "report": [],
     "compare": ["--output"],
+    "recipes": ["--output"],
 }
 PLAN_KEYS = {"base", "compressed", "trainable", "flops", "moved", "memory", "peak"} | {
     "written_bytes_per_step",
@@ -78,6 +82,7 @@ def _commands(world: World, finished: Path, folder: Path) -> dict[str, list[str 
         "verify": ["verify", finished],
         "report": ["report", finished],
         "compare": ["compare", finished, _copy(finished, folder / "copy"), "--output", folder / "compare.png"],
+        "recipes": ["recipes", "smollm2-half", "--output", folder / "recipe.yaml"],
     }
 
 
@@ -86,7 +91,7 @@ def _copy(run: Path, copy: Path) -> Path:
     return Path(shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "merged")))
 
 
-JSON_COMMANDS = ("plan", "compress", "calibrate", "teach", "merge", "evaluate", "verify", "report", "compare")
+JSON_COMMANDS = tuple(name for name in SUBCOMMANDS if name != "demo")
 
 
 def test_the_help_lists_every_subcommand() -> None:

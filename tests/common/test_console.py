@@ -1,5 +1,6 @@
-"""What appears on standard error, and that standard output stays the result's."""
+"""Messages and progress on standard error; standard output stays the result's."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from rich.console import Console as RichConsole
 
-from pcscale.common.console import PLAIN_INTERVAL_SECONDS, Console, Tracker, console
+from pcscale.common.console import PLAIN_INTERVAL_SECONDS, Console, ProgressTask, console, logger
 
 
 @pytest.fixture
@@ -29,20 +30,20 @@ def _console(quiet: bool) -> Console:
 
 
 @contextmanager
-def _progress(made: Console, label: str, total: float, unit: str) -> Iterator[Tracker]:
+def _progress(made: Console, label: str, total: float, unit: str) -> Iterator[ProgressTask]:
     """Progress that begins at the test's own clock."""
-    with made.progress(label, total, unit) as tracker:
-        tracker.task.started = tracker.task.last_line = time.monotonic()
-        yield tracker
+    with made.progress(label, total, unit) as task:
+        task.started = task.last_line = time.monotonic()
+        yield task
 
 
 def test_progress_without_a_terminal_is_plain_lines_every_few_seconds(
     clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with _progress(_console(quiet=False), "merge", total=2000, unit="MB") as tracker:
+    with _progress(_console(quiet=False), "merge", total=2000, unit="MB") as task:
         for _ in range(10):
             clock(PLAIN_INTERVAL_SECONDS / 2)
-            tracker.advance(100)
+            task.advance(100)
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert captured.out == ""
@@ -54,10 +55,10 @@ def test_progress_without_a_terminal_is_plain_lines_every_few_seconds(
 def test_a_note_stands_beside_the_progress_until_the_next_one(
     clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with _progress(_console(quiet=False), "train", total=100, unit="steps") as tracker:
+    with _progress(_console(quiet=False), "train", total=100, unit="steps") as task:
         for note in ("loss 3.2", "", "loss 3.1"):
             clock(PLAIN_INTERVAL_SECONDS)
-            tracker.advance(1, note)
+            task.advance(1, note)
     assert [line.rpartition(" · ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "loss 3.2",
         "loss 3.2",
@@ -68,31 +69,32 @@ def test_a_note_stands_beside_the_progress_until_the_next_one(
 def test_a_job_that_has_not_begun_names_no_time_left(
     clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with _progress(_console(quiet=False), "fetch", total=10, unit="files") as tracker:
+    with _progress(_console(quiet=False), "fetch", total=10, unit="files") as task:
         clock(PLAIN_INTERVAL_SECONDS)
-        tracker.advance(0)
+        task.advance(0)
     assert capsys.readouterr().err == "fetch: 0/10 files · 0 files/s · - left\n"
 
 
 def test_quiet_progress_says_nothing(clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]) -> None:
-    with _progress(_console(quiet=True), "merge", total=10, unit="MB") as tracker:
+    with _progress(_console(quiet=True), "merge", total=10, unit="MB") as task:
         clock(10 * PLAIN_INTERVAL_SECONDS)
-        tracker.advance(5)
+        task.advance(5)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    assert tracker.task.done == 5
+    assert task.done == 5
 
 
 def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(
     clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = _console(quiet=False)
-    made.rich = RichConsole(stderr=True, force_terminal=True, width=100, color_system=None)
-    with _progress(made, "merge", total=10, unit="MB") as tracker:
+    assert made._handler is not None
+    made._handler.rich = RichConsole(stderr=True, force_terminal=True, width=100, color_system=None)
+    with _progress(made, "merge", total=10, unit="MB") as task:
         clock(2)
-        tracker.advance(5, "shard [2]")
-        assert tracker.bar is not None
-        tracker.bar.refresh()
+        task.advance(5, "shard [2]")
+        assert task.bar is not None
+        task.bar.refresh()
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "5/10 MB · 2.5 MB/s · 0:02 left · shard [2]" in captured.err
@@ -120,3 +122,15 @@ def test_a_library_user_sees_nothing(capsys: pytest.CaptureFixture[str]) -> None
     Console().say("a message")
     assert capsys.readouterr().err == ""
     assert isinstance(console, Console)
+
+
+def test_a_caller_of_the_library_silences_messages_as_those_of_any_logger(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "handlers", [])
+    made = Console()
+    made.warn("nearly full")
+    logger.setLevel(logging.ERROR)
+    made.warn("not heard")
+    made.say("not heard either")
+    assert capsys.readouterr().err == "nearly full\n"

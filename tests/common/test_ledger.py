@@ -23,11 +23,11 @@ class Heard:
         self.told: list[str | None] = []
         self.at_that_time: list[str | None] = []
 
-    def change(self, moment: str | None) -> None:
-        self.told.append(moment)
-        self.at_that_time.append(self._of.moment)
+    def change(self, stage: str | None) -> None:
+        self.told.append(stage)
+        self.at_that_time.append(self._of.stage)
 
-    def settle(self) -> None:
+    def mark_idle(self) -> None:
         self.told.append("settled")
 
 
@@ -115,22 +115,22 @@ def test_entries_of_many_threads_are_all_there(own: Ledger) -> None:
     assert own.held() == {("host", RECORDS): THREADS * ENTRIES, ("host", MOMENTS): THREADS * ENTRIES}
 
 
-def test_moments_are_told_in_order_from_the_outside_in_and_back(own: Ledger) -> None:
+def test_stages_are_told_in_order_from_the_outside_in_and_back(own: Ledger) -> None:
     heard = Heard(own)
     own.listener = heard
     with own.during("sweep"):
-        assert own.moment == "sweep"
+        assert own.stage == "sweep"
         with own.during("checkpoint"):
-            assert own.moment == "checkpoint"
-        assert own.moment == "sweep"
+            assert own.stage == "checkpoint"
+        assert own.stage == "sweep"
     with own.during("forward"):
-        own.settle()
-    assert own.moment is None
+        own.mark_idle()
+    assert own.stage is None
     assert heard.told == ["sweep", "checkpoint", "sweep", None, "forward", "settled", None]
     assert heard.at_that_time == ["sweep", "checkpoint", "sweep", None, "forward", None]
 
 
-def test_a_moment_that_fails_is_over(own: Ledger) -> None:
+def test_a_stage_that_fails_is_over(own: Ledger) -> None:
     heard = Heard(own)
     own.listener = heard
 
@@ -140,15 +140,15 @@ def test_a_moment_that_fails_is_over(own: Ledger) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert own.moment is None
+    assert own.stage is None
     assert heard.told == ["sweep", "checkpoint", "sweep", None]
 
 
-def test_without_a_listener_moments_pass_and_settling_does_nothing(own: Ledger) -> None:
+def test_without_a_listener_stages_pass_and_idling_does_nothing(own: Ledger) -> None:
     with own.during("sweep"):
-        own.settle()
-        assert own.moment == "sweep"
-    assert own.moment is None
+        own.mark_idle()
+        assert own.stage == "sweep"
+    assert own.stage is None
     assert own.held() == {}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pcscale.config.load import check_values
-from pcscale.distributed.settings import read_engine_settings
+from pcscale.distributed.settings import EngineSettings, read_engine_settings
 from pcscale.model.loss import NextTokenLoss
 from pcscale.training.step import training_step
 from tests.projection.parts import Compression, token_batches
@@ -75,7 +75,7 @@ def steps_of(micro_batches: int) -> list[list[torch.Tensor]]:
     return [batches[step * micro_batches : (step + 1) * micro_batches] for step in range(STEPS)]
 
 
-def settings_of(case: Case, folder: Path, world_size: int) -> dict[str, Any]:
+def settings_of(case: Case, folder: Path, world_size: int) -> EngineSettings:
     """DeepSpeed's, filled in as a run's."""
     file = folder / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": case.zero}))
@@ -87,7 +87,7 @@ def settings_of(case: Case, folder: Path, world_size: int) -> dict[str, Any]:
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": case.accumulation,
     }
-    return read_engine_settings(file, check_values(values, "test"), world_size)
+    return read_engine_settings(str(file), check_values(values, "test"), world_size)
 
 
 def step_each(cases: Iterable[Case], folders: dict[str, Path]) -> dict[Case, Stepped]:
@@ -112,11 +112,11 @@ def _step(case: Case, folder: Path, group: Any) -> Stepped:
     compression = compression_of(case.base, folder)
     base = compression.base
     if case.base_home == "zero":
-        base = ZeroBase(BaseFolder(folder, "tiny", None), None, settings, group)
+        base = ZeroBase(BaseFolder(folder, "tiny", None), None, settings.zero, group)
     model = compression.model(torch.bfloat16 if case.bf16 else torch.float32)
     engine = DeepSpeedEngine(model, settings, group)
     optimizer = compression.optimizer(model, base=base, engine=engine)
-    module = _Spoilt(engine.start(NextTokenLoss(model)))
+    module = _Spoilt(engine.take_over(NextTokenLoss(model)))
     # A step whose loss is not finite on one rank is skipped by all, and leaves nothing behind.
     module.spoil = rank == world_size - 1
     batches = steps_of(case.accumulation * world_size)

@@ -1,6 +1,8 @@
-"""The examples of the docs, run as they are printed."""
+"""The examples, run as they are printed."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.runs import invoke
+from tests.runs import build_world, invoke
 from tests.tiny import build_base
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -45,8 +48,8 @@ def test_the_example_of_an_own_loop_trains_and_merges(base: Path, tmp_path: Path
     assert sum(losses[-3:]) < sum(losses[:3]) - 3.0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
     # The last block has read the checkpoint into a model of its own: the very one that was merged.
-    live = names["model"]
-    assert live.num_parameters() == merged.num_parameters() == names["plan"].parameters
+    live = names["c"].model
+    assert live.num_parameters() == merged.num_parameters() == names["c"].plan.parameters
     with torch.no_grad():
         expected, found = (model.eval()(input_ids=ids_NT[:4]).logits for model in (live, merged))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -72,3 +75,17 @@ def test_the_example_of_the_trainer_trains_resumes_and_merges(base: Path, tmp_pa
     for name, weight in saved.items():
         torch.testing.assert_close(merged[name], weight, rtol=1e-4, atol=1e-5)
     AutoModelForCausalLM.from_pretrained(output / "merged")
+
+
+def test_the_script_in_cells_trains_and_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, output = build_world(tmp_path), tmp_path / "out"
+    script = ROOT / "examples" / "own_loop.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(world.base), str(output), str(world.text)])
+    names = runpy.run_path(str(script), run_name="__main__")
+    assert names["optimizer"].updates == names["max_steps"]
+    model = AutoModelForCausalLM.from_pretrained(output / "merged")
+    ids_BT = names["batches"][0]
+    with torch.no_grad():
+        found, expected = (one.eval()(input_ids=ids_BT).logits for one in (model, names["model"]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(re.findall(r"^# %% ", script.read_text(encoding="utf-8"), re.MULTILINE)) > 3

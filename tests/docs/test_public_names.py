@@ -1,7 +1,9 @@
 """What `import pcscale` offers."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +28,9 @@ def test_importing_pcscale_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == pcscale.__version__
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: pcscale\.(\w+)$", page, re.MULTILINE)
+    assert sorted([*documented, "__version__"]) == sorted(pcscale.__all__)

@@ -1,13 +1,27 @@
 """Small tasks in the harness's own form, with their data beside them."""
 
+import functools
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 _WORDS = ("fox", "dog", "river", "valley", "sea", "shells", "shore", "lazy", "brown", "jumps", "runs", "sells", "over")
+
+
+def know_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness know the tasks in `folder` instead of its own, and keep its data there."""
+    from lm_eval.tasks import TaskManager
+
+    own = functools.partial(TaskManager, include_path=folder, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(
+        "lm_eval.evaluator.add_env_info", lambda results: None
+    )  # It asks a dozen programs, for seconds.
 
 
 def documents(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -23,13 +37,12 @@ def documents(count: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
-def write_task(folder: Path, name: str = "mine", count: int = 12, **changes: Any) -> Path:
-    """Write a multiple-choice task and its data; returns its file.
+def write_task(folder: Path, name: str = "mine", count: int = 12, **changes: Any) -> str:
+    """Write a multiple-choice task and its data; returns its name.
 
     Args:
         changes: keys of the file that differ; None leaves one out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in documents(count)))
     values = {
@@ -46,9 +59,9 @@ def write_task(folder: Path, name: str = "mine", count: int = 12, **changes: Any
             {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
         ],
     } | changes
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return path
+    known = {key: value for key, value in values.items() if value is not None}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(known))
+    return name
 
 
 LAST_WORD = {

@@ -8,9 +8,10 @@ import torch
 
 from pcscale.common.errors import RequestError
 from pcscale.common.topology import Alone, Topology
-from pcscale.evaluation.perplexity import Evaluation, HeldOut, evaluate_base, evaluate_model, mean_loss
+from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model, mean_loss
 from pcscale.model.compressed import load_stock
 from pcscale.model.loss import NextTokenLoss
+from pcscale.run.record import ModelResult
 from tests.projection.parts import CPU, Compression, TinyBase, open_base, token_batches
 from tests.tiny import CASES
 
@@ -26,7 +27,7 @@ def stock_loss(model: torch.nn.Module, ids_MT: torch.Tensor) -> float:
         return model(ids_MT, labels=ids_MT, use_cache=False).loss.item()
 
 
-def without_speed(result: Evaluation) -> dict[str, float]:
+def without_speed(result: ModelResult) -> dict[str, float]:
     return {key: value for key, value in vars(result).items() if key != "tokens_per_second"}
 
 
@@ -44,7 +45,7 @@ def test_the_base_evaluates_alike_on_disk_and_in_memory(family: str, tied: bool,
 
 def test_figures_follow_from_the_loss_by_hand() -> None:
     result = HELD_OUT.result(2.5, 1234, 3.0)
-    assert result == Evaluation(
+    assert result == ModelResult(
         loss=2.5,
         perplexity=pytest.approx(12.182493960703473),
         bits_per_byte=pytest.approx(2.5 * 75 / 0.6931471805599453 / 321),

@@ -1,143 +1,103 @@
-"""What `--tasks` stands for, and task files that are refused because they are broken or more than data."""
+"""Downstream tasks on stock models, run by the harness: against plain logits, and what is refused."""
 
+import math
+import random
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import yaml
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pcscale.common.errors import RequestError
-from pcscale.evaluation.tasks import TASK_SETS, main_metric, mean_accuracy, task_specs
-from tests.evaluation.task_files import write_task
+from pcscale.common.console import console
+from pcscale.common.errors import RequestError, RunError
+from pcscale.evaluation.tasks import TASK_SETS, DownstreamTasks, TaskRequest, main_metric, mean_accuracy, task_names
+from tests.evaluation.task_files import LAST_WORD, WRITTEN, documents, know_only, write_task
+from tests.tiny import build_base
+
+pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
+
+PERPLEXITY_TOLERANCE = 1e-4  # relative; batches are padded, the reference takes one answer at a time
 
 
-def _refused(*names: str | Path) -> str:
-    with pytest.raises(RequestError) as caught:
-        task_specs([str(name) for name in names])
-    return str(caught.value)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_base(tmp_path_factory.mktemp("model"), tokenizer=True)
+
+
+@pytest.fixture
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with all tasks that the harness knows."""
+    (tmp_path / "tasks").mkdir()
+    know_only(tmp_path / "tasks", monkeypatch)
+    return tmp_path / "tasks"
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All prompts that the harness asks, as it asks them."""
+    from lm_eval.models.huggingface import HFLM
+
+    original: Any = HFLM.loglikelihood
+    seen: list[str] = []
+
+    def recorded(adapter: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        seen.extend(request.args[0] for request in requests)
+        return original(adapter, requests, disable_tqdm=disable_tqdm)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", recorded)
+    return seen
+
+
+def _run(model: Any, tokenizer: Any, name: str, **settings: Any) -> dict[str, Any]:
+    return DownstreamTasks(TaskRequest((name,), **settings)).run(model, tokenizer, "test")
+
+
+@torch.no_grad()
+def _expected(model: Any, tokenizer: Any, prompt: str, answer: str) -> tuple[float, bool]:
+    """The log-likelihood of an answer after a prompt, and whether it is the likeliest one, from one plain forward."""
+    ids_T = tokenizer(prompt + answer, return_tensors="pt").input_ids[0]
+    start = len(tokenizer(prompt).input_ids)
+    logits_TV = model.eval()(ids_T[None]).logits[0, start - 1 : -1]
+    logs_TV, answer_T = logits_TV.double().log_softmax(-1), ids_T[start:]
+    return logs_TV.gather(1, answer_T[:, None]).sum().item(), bool((logits_TV.argmax(-1) == answer_T).all())
+
+
+def _standard_error(hits: list[float]) -> float:
+    return statistics.stdev(hits) / math.sqrt(len(hits))
 
 
 def test_names_are_taken_in_their_order_each_once_by_commas_or_repeated() -> None:
-    assert list(task_specs(["b,a", " c ,", "a"])) == ["b", "a", "c"]
+    assert task_names(["b,a", " c ,", "a"]) == ("b", "a", "c")
 
 
 def test_the_set_of_the_paper_stands_for_its_nine_tasks() -> None:
     assert len(TASK_SETS["paper"]) == 9
-    assert list(task_specs(["piqa,paper"])) == ["piqa", *(name for name in TASK_SETS["paper"] if name != "piqa")]
+    assert task_names(["piqa,paper"]) == ("piqa", *(name for name in TASK_SETS["paper"] if name != "piqa"))
 
 
 @pytest.mark.parametrize("names", ["", ",", " , "])
 def test_no_name_at_all_is_refused(names: str) -> None:
-    assert _refused(names) == "--tasks names no task. Write for instance --tasks arc_easy,piqa or --tasks paper."
+    with pytest.raises(RequestError, match=r"^--tasks names no task\. Write for instance --tasks arc_easy,piqa or"):
+        TaskRequest(task_names([names]))
 
 
-def test_a_task_file_is_its_content(tmp_path: Path) -> None:
-    path = write_task(tmp_path)
-    assert task_specs([str(path)]) == {str(path): yaml.safe_load(path.read_text())}
-
-
-def test_a_folder_is_its_task_files_without_those_that_others_include(tmp_path: Path) -> None:
-    first, second = (write_task(tmp_path, name) for name in ("b", "a"))
-    (tmp_path / "_shared.yaml").write_text("num_fewshot: 2\n")
-    assert list(task_specs([f"{tmp_path}/"])) == [str(second), str(first)]
-
-
-def test_what_a_file_includes_lies_below_its_own_keys(tmp_path: Path) -> None:
-    write_task(tmp_path, "below", doc_to_text="theirs", num_fewshot=3)
-    (tmp_path / "above.yaml").write_text("include: below.yaml\ntask: above\ndoc_to_text: ours\n")
-    (spec,) = task_specs([str(tmp_path / "above.yaml")]).values()
-    assert isinstance(spec, dict)
-    assert (spec["task"], spec["doc_to_text"], spec["num_fewshot"]) == ("above", "ours", 3)
-    assert "include" not in spec
-
-
-def test_a_file_that_includes_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("include: [b.yaml]\n")
-    (tmp_path / "b.yaml").write_text("include: a.yaml\n")
-    assert _refused(tmp_path / "a.yaml") == f"{tmp_path / 'a.yaml'} includes itself. Remove one `include`."
-
-
-@pytest.mark.parametrize("name", ["task.yaml", "above.yaml"])
-def test_a_function_in_a_task_file_or_in_what_it_includes_is_refused_and_never_run(name: str, tmp_path: Path) -> None:
-    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef run(document): return ''\n")
-    (tmp_path / "task.yaml").write_text("task: mine\ndoc_to_text: !function code.run\n")
-    (tmp_path / "above.yaml").write_text("include: task.yaml\ntask: above\n")
-    assert _refused(tmp_path / name) == (
-        f"{tmp_path / 'task.yaml'}: line 2 has !function, which would run code. "
-        "A task file is read as data: write a template, or run the task with lm_eval itself."
-    )
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"a: [",
-        b"\xff\xfe\xfa",
-        b"a: 2020-99-99",
-        b"a: !!python/object/apply:os.system [ls]",
-        pytest.param(b"[" * 9000, id="nested"),
-    ],
-)
-def test_a_file_that_is_no_yaml_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "task.yaml"
-    path.write_bytes(content)
-    assert _refused(path).startswith(f"{path} cannot be read as YAML: ")
-
-
-def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
-    said = _refused(tmp_path / "none.yaml")
-    assert said.startswith(f"{tmp_path / 'none.yaml'} cannot be read as YAML: ")
-    assert "No such file" in said
-
-
-@pytest.mark.parametrize("content", ["- a\n", "", "word"])
-def test_a_file_without_keys_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "task.yaml").write_text(content)
-    assert _refused(tmp_path / "task.yaml") == f"{tmp_path / 'task.yaml'} holds no task. Write one `key: value` a line."
-
-
-@pytest.mark.parametrize("task", [None, 3, ["a", "b"]])
-def test_a_file_that_is_not_one_task_is_refused(task: Any, tmp_path: Path) -> None:
-    path = write_task(tmp_path, task=task)
-    assert _refused(path) == f"{path} has no name in `task`. Name one task there; groups are for the harness's own."
-
-
-@pytest.mark.parametrize("source", [None, "pandas", 3])
-def test_data_that_is_not_read_as_data_is_refused(source: Any, tmp_path: Path) -> None:
-    path = write_task(tmp_path, dataset_path=source)
-    assert _refused(path) == (
-        f"{path}: dataset_path is {source!r}, expected json, csv, parquet, text or a Hub data set (owner/name)."
-    )
-
-
-@pytest.mark.parametrize(
-    ("found", "named"),
-    [
-        ({"until": ["."], "custom_generate": "owner/code"}, "['custom_generate']"),
-        ({"trust_remote_code": True, "top_k": 5, None: 1}, "['trust_remote_code', None]"),
-        (["until"], "['until']"),
-        ("until", "'until'"),
-        (3, "3"),
-    ],
-)
-def test_what_transformers_would_be_told_beyond_how_to_write_is_refused(found: Any, named: str, tmp_path: Path) -> None:
-    path = write_task(tmp_path, generation_kwargs=found)
-    assert _refused(path) == (
-        f"{path}: generation_kwargs has {named}, expected a mapping with no other keys than until, do_sample, "
-        "temperature, top_p, top_k, num_beams, repetition_penalty, max_gen_toks, max_new_tokens, max_tokens, "
-        "max_completion_tokens. Leave it out, or run the task with lm_eval itself."
-    )
-
-
-def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
-    said = _refused(tmp_path / "none")
-    assert said == f"{tmp_path / 'none'} is no folder. Name a task, a .yaml file or a folder of .yaml files."
-
-
-def test_a_folder_without_tasks_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "shared.yaml").write_text("num_fewshot: 2\n")
-    assert _refused(tmp_path) == f"{tmp_path} holds no task: no .yaml file in it has the key `task`."
+@pytest.mark.parametrize(("name", "value", "least"), [("num_fewshot", -1, 0), ("limit", 0, 1), ("batch_size", 0, 1)])
+def test_a_number_out_of_range_is_refused(name: str, value: int, least: int) -> None:
+    with pytest.raises(RequestError, match=f"^{name} is {value}, expected at least {least}.$"):
+        TaskRequest(("piqa",), **{name: value})
 
 
 def test_the_mean_takes_the_normalised_accuracy_where_there_is_one() -> None:
@@ -152,3 +112,134 @@ def test_the_mean_takes_the_normalised_accuracy_where_there_is_one() -> None:
 
 def test_without_an_accuracy_there_is_no_mean() -> None:
     assert mean_accuracy({"c": {"exact_match": 0.9, "samples": 5}}) is None
+
+
+def test_multiple_choice_agrees_with_plain_logits(tasks: Path, model: Any, tokenizer: Any) -> None:
+    found = _run(model, tokenizer, write_task(tasks, count=40))
+    hits, normalised = [], []
+    for row in documents(40):
+        values = [_expected(model, tokenizer, row["question"], f" {answer}")[0] for answer in row["answers"]]
+        per_character = [value / len(answer) for value, answer in zip(values, row["answers"], strict=True)]
+        hits.append(float(values.index(max(values)) == row["right"]))
+        normalised.append(float(per_character.index(max(per_character)) == row["right"]))
+    assert hits != normalised
+    assert 0 < sum(hits) < 40
+    assert found["tasks"] == {
+        "mine": {
+            "acc": pytest.approx(statistics.mean(hits)),
+            "acc_stderr": pytest.approx(_standard_error(hits)),
+            "acc_norm": pytest.approx(statistics.mean(normalised)),
+            "acc_norm_stderr": pytest.approx(_standard_error(normalised)),
+            "samples": 40,
+        }
+    }
+    assert found["mean_accuracy"] == found["tasks"]["mine"]["acc_norm"]
+
+
+def test_a_last_word_is_scored_like_plain_logits_do(tasks: Path, model: Any, tokenizer: Any) -> None:
+    result = _run(model, tokenizer, write_task(tasks, **LAST_WORD))["tasks"]["mine"]
+    words = [row["question"].split(" ") for row in documents(12)]
+    answers = [_expected(model, tokenizer, " ".join(words_of[:-1]), f" {words_of[-1]}") for words_of in words]
+    values, greedy = zip(*answers, strict=True)
+    assert result["perplexity"] == pytest.approx(math.exp(-statistics.mean(values)), rel=PERPLEXITY_TOLERANCE)
+    assert result["perplexity_stderr"] > 0
+    assert result["acc"] == statistics.mean(greedy)
+
+
+def test_answers_are_those_that_the_stock_model_writes(tasks: Path, model: Any, tokenizer: Any) -> None:
+    row = documents(1)[0]
+    asked = tokenizer(row["question"], return_tensors="pt")
+    written = model.generate(**asked, max_new_tokens=6, do_sample=False)
+    text = tokenizer.decode(written[0, asked.input_ids.shape[1] :])
+    answer = text.split("\n")[0].split(tokenizer.eos_token)[0]
+    name = write_task(tasks, count=1, **{**WRITTEN, "doc_to_target": f"{{{{{answer!r}}}}}"})
+    assert _run(model, tokenizer, name) == {
+        "tasks": {"mine": {"exact_match": 1.0, "samples": 1}},
+        "mean_accuracy": None,
+    }
+
+
+def test_a_limit_takes_the_first_documents(tasks: Path, model: Any, tokenizer: Any, prompts: list[str]) -> None:
+    result = _run(model, tokenizer, write_task(tasks), limit=1)["tasks"]["mine"]
+    assert set(prompts) == {documents(1)[0]["question"]}
+    assert set(result) == {"acc", "acc_norm", "samples"}  # One sample has no standard error.
+    assert result["samples"] == 1
+
+
+@pytest.mark.parametrize(("own", "asked", "shots"), [(None, None, 0), (None, 2, 2), (1, None, 1), (1, 3, 3), (0, 2, 0)])
+def test_the_examples_of_a_prompt_are_those_asked_for_else_the_tasks_own(
+    own: int | None, asked: int | None, shots: int, tasks: Path, model: Any, tokenizer: Any, prompts: list[str]
+) -> None:
+    name = write_task(tasks, num_fewshot=own, fewshot_split="test", fewshot_delimiter=" ### ")
+    _run(model, tokenizer, name, num_fewshot=asked, limit=2)
+    assert {prompt.count(" ### ") for prompt in prompts} == {shots}
+
+
+def test_a_group_stands_for_its_tasks(tasks: Path, model: Any, tokenizer: Any) -> None:
+    names = [write_task(tasks, name) for name in ("first", "second")]
+    (tasks / "both.yaml").write_text(f"group: both\ntask: [{', '.join(names)}]\n")
+    assert list(_run(model, tokenizer, "both", limit=2)["tasks"]) == names
+
+
+def test_every_model_is_asked_the_same_every_time(tasks: Path, model: Any, tokenizer: Any, prompts: list[str]) -> None:
+    drawn = "{{question.split(' ')|random}}"
+    name = write_task(tasks, doc_to_text=drawn, fewshot_split="test", num_fewshot=2)
+    found = DownstreamTasks(TaskRequest((name,)))
+    results, asked = [], []
+    for _ in range(2):
+        random.seed()
+        np.random.seed()
+        torch.seed()
+        prompts.clear()
+        results.append(found.run(model, tokenizer, "test"))
+        asked.append(list(prompts))
+    assert results[0] == results[1]
+    assert asked[0] == asked[1] != []
+
+
+def test_a_model_whose_outputs_are_not_finite_is_refused(tasks: Path, model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(RequestError, match="a log-likelihood is nan: the model's outputs are not finite"):
+        _run(model, tokenizer, write_task(tasks))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"test_split": "tset"}, "KeyError: 'tset'"),
+        ({"dataset_kwargs": {"data_files": {"test": "/nowhere/none.jsonl"}}}, "FileNotFoundError: "),
+        ({"num_fewshot": 50, "fewshot_split": "test"}, "ValueError: Sample larger than population"),
+        ({"unsafe_code": True}, "ValueError: Attempted to run task: mine which is marked as unsafe"),
+    ],
+)
+def test_a_failure_of_the_harness_is_one_line(
+    changes: dict[str, Any], reason: str, tasks: Path, model: Any, tokenizer: Any
+) -> None:
+    with pytest.raises(RunError) as caught:
+        _run(model, tokenizer, write_task(tasks, **changes))
+    assert str(caught.value).startswith(f"lm_eval failed on mine ({reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_warning_of_the_harness_appears_once_and_nothing_else_of_it(
+    tasks: Path, model: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tasks)  # No git repository, of which git would tell.
+    console.configure(quiet=True)
+    _run(model, tokenizer, write_task(tasks, doc_to_target="nobody"))
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith("warning: lm_eval: Label index was not in within range")
+    assert errors.count("\n") == 1
+
+
+def test_an_unknown_task_is_refused_with_the_nearest_known_one(tasks: Path) -> None:
+    write_task(tasks, "rivers")
+    with pytest.raises(RequestError, match=r"^river is no task of lm_eval. Did you mean 'rivers'\?$"):
+        DownstreamTasks(TaskRequest(("rivers", "river")))
+
+
+@pytest.mark.slow  # The harness reads thousands of files to know its own tasks.
+def test_the_harness_knows_the_tasks_of_the_paper() -> None:
+    DownstreamTasks(TaskRequest(TASK_SETS["paper"]))

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from pcscale.memory.components import SAID, train_moments
+from pcscale.memory.hardware import HARDWARE
+from pcscale.memory.place import Place
+from pcscale.memory.step_time import FORWARD_BACKWARD, MOTION, step_seconds
 
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import HIDDEN, TEACHER
@@ -16,10 +20,6 @@ from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
 from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
 from pcscale.families.plan import Plan
 from pcscale.jobs.compress import compress
-from pcscale.memory.components import SAID, train_moments
-from pcscale.memory.hardware import HARDWARE
-from pcscale.memory.place import Place
-from pcscale.memory.step_time import FORWARD_BACKWARD, MOTION, step_seconds
 from pcscale.training.teacher import CachedTeacher
 from pcscale.training.teacher_cache import TeacherCache, TeacherManifest
 from tests.children import run_killed
@@ -67,7 +67,7 @@ def forbid_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     def live(*_: Any) -> None:
         raise AssertionError("the base was asked")
 
-    monkeypatch.setattr("pcscale.jobs.compress.Teacher", live)
+    monkeypatch.setattr("pcscale.jobs.build.Teacher", live)
 
 
 # As the live one
@@ -163,15 +163,15 @@ def cached_config(whole: Path, **changes: Any) -> RunConfig:
     return RunConfig(**{**values, **batch, "start": "selection", "distill": DistillConfig(**of(whole)), **changes})
 
 
-def test_what_it_holds_and_says_is_predicted_to_the_byte(whole: Path, tiny_base: TinyBase) -> None:
+def test_its_memory_and_targets_are_predicted_to_the_byte(whole: Path, tiny_base: TinyBase) -> None:
     ids_NT = known_sequences(whole)
     entered = Entered()
     config = cached_config(whole)
     assert config.distill is not None
     teacher = CachedTeacher(TeacherCache(whole, TeacherManifest.read(whole)), config.distill, ids_NT, "", check=True)
-    said = [values for of_batch in teacher.says(list(ids_NT[:4].split(2))) for values in of_batch]
+    targets = [values for of_batch in teacher.targets(list(ids_NT[:4].split(2))) for values in of_batch]
     moments = train_moments(Compression.of(tiny_base("llama", True)).plan, config, Place(on_gpu=False))
-    assert moments["forward"][SAID].num_bytes == held_bytes(said)
+    assert moments["forward"][SAID].num_bytes == held_bytes(targets)
     assert moments["forward"][TEACHER].num_bytes == entered.now()["host", TEACHER] == 40 * CACHED_SEQUENCE_BYTES
     assert HIDDEN not in moments["teach"]
 

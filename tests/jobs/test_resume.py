@@ -119,10 +119,10 @@ def test_a_run_killed_from_outside_at_a_random_instant_goes_on_bit_for_bit(
         pytest.param("pcscale.jobs.compress:evaluate_now", 1, [], id="before the start's evaluation"),
         pytest.param("pcscale.training.loop:training_step", 1, [], id="before the first step"),
         # 15 matrices: a step publishes one after the other, a checkpoint writes 15 records and then the rest.
-        pytest.param("pcscale.projection.homes:write_tensors", 9, [], id="in the first checkpoint"),
+        pytest.param("pcscale.projection.memory_residency:write_tensors", 9, [], id="in the first checkpoint"),
         pytest.param("pcscale.projection.engine:LocalEngine.publish", 85, [4], id="in the middle of a sweep"),
-        pytest.param("pcscale.projection.homes:write_tensors", 20, [4], id="in the second checkpoint"),
-        pytest.param("pcscale.projection.persist:write_tensors", 2, [4], id="after its records"),
+        pytest.param("pcscale.projection.memory_residency:write_tensors", 20, [4], id="in the second checkpoint"),
+        pytest.param("pcscale.projection.checkpoint:write_tensors", 2, [4], id="after its records"),
         pytest.param("pcscale.run.manifest:write_json", 2, [4], id="before the manifest"),
         pytest.param("pcscale.training.loop:RunFolder.prune_checkpoints", 3, [4, 8, 10], id="before old ones go"),
         pytest.param("pcscale.jobs.compress:merge", 1, [8, 10], id="before the merge"),
@@ -168,9 +168,9 @@ def compact(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("target", "call", "steps_saved", "after"),
     [
-        pytest.param("pcscale.projection.residency:DiskHome.save", 9, [], "disk", id="in the first checkpoint"),
-        pytest.param("pcscale.projection.residency:DiskHome.put", 80, [4], "disk", id="in the middle of a sweep"),
-        pytest.param("pcscale.projection.residency:DiskHome.save", 20, [4], "cpu", id="in the second checkpoint"),
+        pytest.param("pcscale.projection.residency:DiskResidency.save", 9, [], "disk", id="in the first checkpoint"),
+        pytest.param("pcscale.projection.residency:DiskResidency.put", 80, [4], "disk", id="in the middle of a sweep"),
+        pytest.param("pcscale.projection.residency:DiskResidency.save", 20, [4], "cpu", id="in the second checkpoint"),
         pytest.param("pcscale.training.loop:training_step", 7, [4], "device", id="between two steps"),
     ],
 )
@@ -205,17 +205,6 @@ def test_a_run_goes_on_with_its_steps_shared_out_otherwise(
     found, expected = metrics(stopped), metrics(reference)
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=SPLIT_TOLERANCE)
-
-
-def test_a_checkpoint_that_does_not_say_how_many_sequences_a_step_sees_is_gone_on_from(
-    stopped: Path, reference: Path
-) -> None:
-    path = stopped / "checkpoints" / "step-00000004" / "trainer.json"
-    values = json.loads(path.read_text())
-    assert values.pop("sequences_per_step") == 4
-    path.write_text(json.dumps(values))
-    assert invoke("compress", stopped / "run.yaml", "--resume").exit_code == 0
-    _assert_equal(stopped, reference)
 
 
 def test_a_row_of_metrics_that_was_cut_short_is_made_again(stopped: Path, reference: Path) -> None:
@@ -272,7 +261,7 @@ def test_resume_of_a_finished_run_trains_nothing(
     shutil.copytree(reference, run)
     yaml = write_yaml(run.parent / "run.yaml", run_values(world, run))
     before = snapshot(run)
-    for part in ("train", "merge", "collect_scores", "evaluate_base", "build_training_parts"):
+    for part in ("train", "merge", "collect_scores", "evaluate_base", "open_training"):
         monkeypatch.setattr(f"pcscale.jobs.compress.{part}", None)
     outcome = invoke("compress", yaml, "--resume", "--json")
     assert outcome.exit_code == 0

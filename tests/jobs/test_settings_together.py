@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pcscale.memory.estimate import moved_bytes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,7 +18,6 @@ from pcscale.common.errors import Interrupted
 from pcscale.families.widths import make_plan
 from pcscale.jobs.compress import compress
 from pcscale.jobs.evaluate import verify
-from pcscale.memory.estimate import moved_bytes
 from pcscale.merging.merge import MergeResult, merge
 from pcscale.run.folder import BASE_CACHE_NAME
 from pcscale.run.manifest import Manifest
@@ -264,7 +264,7 @@ def test_codes_of_another_bitsandbytes_are_refused(stopped: Path) -> None:
 
 
 def merge_again(wide: World, checkpoint: Path, output: Path) -> MergeResult:
-    return merge(checkpoint, lambda expected: MappedBase(resolve_base(str(wide.base)), expected), output, 10**9, 2**31)
+    return merge(checkpoint, MappedBase(resolve_base(str(wide.base))), output, 10**9, 2**31)
 
 
 @pytest.fixture

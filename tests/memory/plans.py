@@ -8,12 +8,14 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from pcscale.common import ledger
-from pcscale.config.schema import DataConfig, RunConfig
+from pcscale.config.schema import PlanConfig
+from pcscale.distributed.zero_form import ZeroForm
 from pcscale.families.hf_config import read_config
 from pcscale.families.plan import Plan
 from pcscale.families.registry import FAMILIES
 from pcscale.families.widths import plan_widths
-from pcscale.memory.components import (
+from pcscale.memory.deployment import ONE_GPU, Deployment, Parts
+from pcscale.memory.stages import (
     ACTIVATIONS,
     ALLOCATOR,
     HEAD_GRADIENT,
@@ -23,15 +25,13 @@ from pcscale.memory.components import (
     START,
     TEMPORARIES,
 )
-from pcscale.memory.hardware import HARDWARE
-from pcscale.memory.place import Parts, Place, ZeroForm
 from tests.tiny import SIZES
 
 
-def settings(**changes: Any) -> RunConfig:
+def settings(**changes: Any) -> PlanConfig:
     """From the published start on."""
     published = {"start": "selection", "importance": "activation"}
-    return RunConfig(base="-", output="-", data=DataConfig(train=["-"]), **(published | changes))
+    return PlanConfig(base="a base", **(published | changes))
 
 
 def written_plan(folder: Path, family: str, widths: tuple[int, int], **changes: Any) -> Plan:
@@ -43,7 +43,7 @@ def written_plan(folder: Path, family: str, widths: tuple[int, int], **changes: 
 KEYS = {"calibrate": "calibration_tokens", "evaluate": "eval_tokens"}
 HEADER_SHARE = 0.1
 """Of a tiny checkpoint: safetensors headers and kept indices, which the estimate leaves out."""
-GPU, HOST = Place(), Place(on_gpu=False)
+GPU, HOST = ONE_GPU, Deployment(on_gpu=False)
 ON_GPU_ALONE = {ledger.CONTEXT, ledger.PINNED_BUFFERS, ON_ITS_WAY}
 HELD = {
     ledger.LIBRARIES: "host",
@@ -56,7 +56,7 @@ HELD = {
     ledger.RECORD_BUFFERS: "device",
     ledger.PINNED_BUFFERS: "pinned",
 }
-"""What training holds all the time on a GPU, by the defaults, and where."""
+"""Placements of the parts that training holds all the time on a GPU, by the defaults."""
 COMPONENTS = HELD | {
     ledger.GRADIENTS: "device",
     ACTIVATIONS: "device",
@@ -68,12 +68,12 @@ COMPONENTS = HELD | {
     ALLOCATOR: "device",
     START: "host",
 }
-"""And all that it holds at one time or another."""
-PLACES = {
+"""Placements of all parts that training holds at one time or another."""
+DEPLOYMENTS = {
     "gpu": GPU,
     "host": HOST,
-    "2 ranks": Place(ranks=2, zero=ZeroForm(1)),
-    "4 ranks, offload": Place(ranks=4, zero=ZeroForm(3, "cpu", "cpu")),
+    "2 ranks": Deployment(ranks=2, zero=ZeroForm(1)),
+    "4 ranks, offload": Deployment(ranks=4, zero=ZeroForm(3, "cpu", "cpu")),
 }
 FORMS: list[dict[str, Any]] = [
     {},
@@ -97,21 +97,6 @@ def held_bytes(tensors: list[torch.Tensor]) -> int:
 def sums(parts: Parts) -> dict[str, int]:
     found = {"device_bytes": 0, "host_bytes": 0}
     for part in parts.values():
-        if part.home != "disk":
-            found["device_bytes" if part.home == "device" else "host_bytes"] += part.num_bytes
+        if part.placement != "disk":
+            found["device_bytes" if part.placement == "device" else "host_bytes"] += part.num_bytes
     return found
-
-
-SLOW_HOST = replace(
-    HARDWARE["rtx-4090"],
-    name="host",
-    product_rates={"float32": 1.5e11, "bfloat16": 1e10},
-    training_rates={"float32": 1.1e11, "bfloat16": 5e9},
-    memory_bandwidth=1.5e10,
-    bus_bandwidth=1.2e10,
-    rank_bandwidth=4e8,
-    update_seconds={"float32/32bit": 2e-9, "float32/8bit": 4e-9, "bfloat16/32bit": 6e-9, "bfloat16/8bit": 8e-9},
-    decode_seconds=1.5e-9,
-    device_bytes=None,
-)
-"""A host of two cores without a GPU, about as fast as those that reports were measured on."""

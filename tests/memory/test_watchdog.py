@@ -28,9 +28,9 @@ class Machine:
             }
         )
 
-    def _look(self, home: str) -> int:
+    def _look(self, memory: str) -> int:
         self.looks += 1
-        return self.used[home]
+        return self.used[memory]
 
     def said(self, host: float = 0, device: float = 0, seconds: float = INTERVAL_SECONDS) -> list[str]:
         """What appears after some time with so many GiB in use."""
@@ -50,7 +50,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Machine:
 def test_a_warning_names_the_limit_the_largest_component_and_what_to_do(machine: Machine) -> None:
     assert machine.said(host=96) == [
         "host memory is nearly full: 96.0 GiB of 100.0 GiB (cgroup /job, memory.max); the largest part of this "
-        "run is working memory (5.0 GiB). Ctrl-C writes a checkpoint; `pcscale plan` says what would need less."
+        "run is working memory (5.0 GiB). Ctrl-C writes a checkpoint; `pcscale plan` shows what would need less."
     ]
 
 

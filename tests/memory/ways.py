@@ -1,27 +1,24 @@
-"""Every combination of what a user may set for memory's sake, with what it takes, the slow obvious way."""
+"""Every combination of what a user may set for memory's sake, each predicted by itself, the slow obvious way."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pcscale.config.schema import RunConfig
+from pcscale.config.schema import PlanConfig
+from pcscale.distributed.zero_form import forms_to_choose
 from pcscale.families.plan import Plan
 from pcscale.families.registry import FAMILIES
 from pcscale.families.widths import plan_widths
-from pcscale.memory.budget import ZERO_FILES, Budget, zero_file
-from pcscale.memory.estimate import peaks
-from pcscale.memory.hardware import HARDWARE
-from pcscale.memory.place import Place, ZeroForm
-from pcscale.memory.step_time import step_seconds
+from pcscale.memory.choose import Choice
+from pcscale.memory.deployment import Deployment
+from pcscale.memory.predict import Prediction
 from tests.families.real_models import LLAMA_1B
-from tests.memory.plans import SLOW_HOST, settings
+from tests.memory.plans import settings
 
-GPU = HARDWARE["rtx-4090"]
-HOST = SLOW_HOST
 MODEL = LLAMA_1B | {"dtype": "bfloat16", "num_hidden_layers": 6}
 STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "sequence_length": 2048}
 STATES = (("float32", "32bit"), ("bfloat16", "8bit"))
+FORMS = forms_to_choose()
 
 
 @cache
@@ -29,23 +26,13 @@ def plan_1b() -> Plan:
     return plan_widths(FAMILIES["llama"], MODEL, 1024, 4096)
 
 
-def config(**changes: Any) -> RunConfig:
+def config(**changes: Any) -> PlanConfig:
     return settings(**{**STEP, **changes})
 
 
-@dataclass(frozen=True)
-class Way:
-    """One combination, with what it takes."""
-
-    config: RunConfig
-    device: int
-    host: int
-    disk: int
-    seconds: float
-
-    def fits(self, budget: Budget) -> bool:
-        limits = ((self.device, budget.device), (self.host, budget.host), (self.disk, budget.disk))
-        return all(limit is None or needed <= limit for needed, limit in limits)
+def prediction(**changes: Any) -> Prediction:
+    """The prediction that a search begins with."""
+    return Prediction(plan_1b(), config(**changes))
 
 
 def combinations(gpus: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
@@ -58,7 +45,7 @@ def combinations(gpus: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
                     for base_home in ("disk", "cpu", "device") if on_gpu else ("disk", "cpu"):
                         for gradient_home in ("device", "cpu") if on_gpu and gpus == 1 else ("device",):
                             for checkpointing in (False, True):
-                                for name in (None,) if gpus == 1 else tuple(ZERO_FILES):
+                                for name in (None,) if gpus == 1 else tuple(FORMS):
                                     for batch in (1, 2):
                                         if sequences % batch == 0:
                                             yield {
@@ -77,17 +64,14 @@ def combinations(gpus: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def all_ways(gpus: int = 1, on_gpu: bool = True) -> list[Way]:
-    plan, found = plan_1b(), []
+def all_ways(gpus: int = 1, on_gpu: bool = True) -> list[Choice]:
+    found = []
     for changes in combinations(gpus, on_gpu):
-        run, name = config(**changes), changes["deepspeed"]
-        zero = ZeroForm.read(zero_file(name)["zero_optimization"]) if name else None
-        of_phases = list(peaks(plan, run, Place(on_gpu, gpus, zero=zero)).values())
-        device, host, disk = (max(p[f"{key}_bytes"] for p in of_phases) for key in ("device", "host", "disk"))
-        seconds = step_seconds(plan, run, GPU if on_gpu else HOST, gpus, zero.stage if zero else 0)["total"]
-        found.append(Way(run, device, host * gpus, disk, seconds))
+        name = changes["deepspeed"]
+        deployment = Deployment(on_gpu, gpus, zero=FORMS[name] if name else None)
+        found.append(Choice(Prediction(plan_1b(), config(**changes), deployment)))
     return found
 
 
 def least(resource: str, gpus: int = 1, on_gpu: bool = True) -> int:
-    return min(getattr(way, resource) for way in all_ways(gpus, on_gpu))
+    return min(way.needs[resource] for way in all_ways(gpus, on_gpu))

@@ -112,7 +112,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(mine: TrainedRun, tmp_path
 @pytest.mark.parametrize("version", [0, 4, "1", "3", None])
 def test_a_manifest_of_another_format_is_refused(version: object, mine: TrainedRun, tmp_path: Path) -> None:
     mine.change_manifest(format_version=version)
-    message = rf"step-00000003 has checkpoint format {version!r}, this version reads 1 to 3\."
+    message = rf"step-00000003 has checkpoint format {version!r}, this version reads 3\."
     _refused(mine, tmp_path / "merged", RequestError, message)
 
 
@@ -128,7 +128,7 @@ def test_a_manifest_without_a_key_is_refused(key: str, mine: TrainedRun, tmp_pat
     values = json.loads(path.read_text())
     del values[key]
     path.write_text(json.dumps(values))
-    message = rf"manifest\.json: {key}: Field required\. The file was changed\."
+    message = rf"manifest\.json has no '{key}'\. The file was changed\."
     _refused(mine, tmp_path / "merged", RequestError, message)
 
 

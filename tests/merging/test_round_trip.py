@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pcscale.storage.hashing import fingerprint_file
 from tests.merging.conftest import CHAT_TEMPLATE
 from tests.merging.trained import (
     COMPACT,
@@ -167,21 +166,6 @@ def test_a_checkpoint_away_from_its_8_bit_codes_is_merged_to_the_same_bytes(tmp_
     merge_run(dataclasses.replace(run, checkpoint=moved), tmp_path / "alone" / "merged")
     assert file_bytes(tmp_path / "alone" / "merged") == file_bytes(tmp_path / "merged")
     assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == ["merged", "step-00000003"]
-
-
-def test_a_checkpoint_of_format_1_is_merged_as_before(run: TrainedRun, tmp_path: Path) -> None:
-    """Its manifest knows neither ranks nor codes, and its records hold their tensors in another order."""
-    old = run.copy(tmp_path)
-    values = json.loads((old.checkpoint / "manifest.json").read_text())
-    del values["projection_rank"], values["coded_fingerprints"]
-    for name in values["files"]:
-        save_file(load_file(old.checkpoint / name), old.checkpoint / name)
-    files = {name: fingerprint_file(old.checkpoint / name) for name in values["files"]}
-    assert files != values["files"]
-    values |= {"format_version": 1, "files": files}
-    (old.checkpoint / "manifest.json").write_text(json.dumps(values))
-    merge_run(old, tmp_path / "merged")
-    assert_same_tensors(merged_tensors(tmp_path / "merged"), run.weights)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

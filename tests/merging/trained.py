@@ -24,11 +24,12 @@ from pcscale.families.plan import Plan
 from pcscale.families.widths import plan_widths
 from pcscale.merging.merge import MergeResult, merge
 from pcscale.model.compressed import build_compressed
+from pcscale.projection.checkpoint import save_state
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.folder import BASE_CACHE_NAME
-from pcscale.training.state import save_state
+from tests.optimizers import build_optimizer
 
 HIDDEN, FFN = 24, 40
 """Widths that no other axis of the tiny bases has, so that a mistaken axis shows."""
@@ -76,9 +77,9 @@ class TrainedRun:
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def open_base(folder: Path) -> Callable[[dict[str, str]], MappedBase]:
-    """What `merge` opens its base with."""
-    return lambda expected: MappedBase(BaseFolder(folder, BASE_NAME, None), expected)
+def open_base(folder: Path) -> MappedBase:
+    """The base of a checkpoint, opened anew."""
+    return MappedBase(BaseFolder(folder, BASE_NAME, None))
 
 
 def train_and_save(
@@ -97,7 +98,7 @@ def train_and_save(
         int8: train on 8-bit codes of the base, which lie where a run keeps them: two folders above the checkpoint.
         settings: of the optimizer.
     """
-    base = open_base(base_folder)({})
+    base = open_base(base_folder)
     plan = plan_widths(base.family, base.config, HIDDEN, FFN)
     kept = select(plan, random_scores(plan, seed))
     model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
@@ -107,7 +108,7 @@ def train_and_save(
         cache.parent.mkdir(parents=True, exist_ok=True)
         frozen = Int8Base(base, cache)
     settings = {"lr": _RATE, "project": method == "projected", "form": form, **settings}
-    optimizer = ProjectedAdamW(model, plan, frozen, Start(kept), **settings)
+    optimizer = build_optimizer(model, plan, frozen, Start(kept), **settings)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(STEPS):
         ids_BT = torch.randint(plan.config["vocab_size"], (2, 12), generator=generator)
@@ -115,7 +116,7 @@ def train_and_save(
         model(input_ids=ids_BT, labels=ids_BT).loss.backward()
         optimizer.step()
     optimizer.zero_grad()
-    save_state(checkpoint, STEPS, optimizer, base, trainer)
+    save_state(checkpoint, STEPS, optimizer, trainer)
     return TrainedRun(base_folder, checkpoint, plan, model.eval(), optimizer)
 
 

@@ -18,6 +18,7 @@ from pcscale.model.compressed import build_compressed
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.family_checks import NARROW
+from tests.optimizers import build_optimizer
 from tests.reference import Kept, Rates, Weights
 from tests.tiny import CASES, SIZES, build_base
 
@@ -93,7 +94,7 @@ class Compression:
             "weight_decay": rates.weight_decay,
         }
         base = changes.pop("base", self.base)
-        return ProjectedAdamW(model, self.plan, base, Start(self.kept), project=project, **{**settings, **changes})
+        return build_optimizer(model, self.plan, base, Start(self.kept), project=project, **{**settings, **changes})
 
 
 def case_folder(family: str, tied: bool, biased: bool, tiny_base: TinyBase, tmp_path: Path) -> Path:

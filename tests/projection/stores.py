@@ -10,7 +10,7 @@ import torch
 from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat, record_bytes
 from pcscale.projection.owners import Round
-from pcscale.projection.residency import Residency
+from pcscale.projection.residency import State
 from pcscale.projection.store import RecordStore
 from pcscale.projection.sweep import ProjectedAdamW
 from tests.projection.parts import CPU, Compression, TinyBase, token_batches
@@ -42,12 +42,14 @@ def a_store(compression: Compression, tmp_path: Path) -> Callable[..., RecordSto
         home: Any, pinned_bytes: int | None = None, turns: list[Round] | None = None, rank: int = 0
     ) -> RecordStore:
         matrices = list(compression.plan.matrices)
-        residency = Residency(home, tmp_path / "residency", pinned_bytes)
+        residency = State(home, tmp_path / "residency", pinned_bytes)
         turns = turns or alone(planned.name for planned in matrices)
         store = RecordStore(matrices, turns, rank, PUBLISHED_FORMAT, compression.kept, compression.base, residency, CPU)
         for position, name in enumerate(store):
             layout = store.layouts[name]
-            store.home.create(name, {part: torch.full(spec.shape, float(position)) for part, spec in layout.items()})
+            store.residency.create(
+                name, {part: torch.full(spec.shape, float(position)) for part, spec in layout.items()}
+            )
         return store
 
     return make

@@ -15,10 +15,10 @@ from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.merging.merge import merge
 from pcscale.model.loss import NextTokenLoss
+from pcscale.projection.checkpoint import load_state, save_state
 from pcscale.projection.layout import RecordFormat
-from pcscale.projection.residency import Residency
+from pcscale.projection.residency import State
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.training.state import load_state, save_state
 from pcscale.training.step import training_step
 from tests.projection.parts import Compression, copies, open_base, token_batches
 from tests.reference import Rates, Reference, Weights
@@ -102,8 +102,8 @@ def test_every_form_of_the_state_steps_resumes_and_merges(
 
     def fresh(name: str) -> tuple[torch.nn.Module, ProjectedAdamW]:
         model = compression.model()
-        residency = Residency(home, tmp_path / name)
-        return model, compression.optimizer(model, base=base, form=form, residency=residency)
+        residency = State(home, tmp_path / name)
+        return model, compression.optimizer(model, base=base, form=form, state=residency)
 
     model, optimizer = fresh("records")
     before = values_of(optimizer)
@@ -157,7 +157,7 @@ def assert_resumes(fresh, base: MappedBase, optimizer: ProjectedAdamW, model: to
     save_state(folder / "checkpoint-half", STEPS // 2, half, base)
     steps_of(half, half_model, STEPS // 2, STEPS // 2 + 1)  # What is saved is not touched by what follows.
     other_model, other = fresh("other")
-    load_state(folder / "checkpoint-half", other, base)
+    load_state(folder / "checkpoint-half", other)
     steps_of(other, other_model, STEPS // 2, STEPS)
     found, expected = copies(other_model), copies(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -168,7 +168,7 @@ def assert_resumes(fresh, base: MappedBase, optimizer: ProjectedAdamW, model: to
 
 def assert_merges(base: MappedBase, optimizer: ProjectedAdamW, model: torch.nn.Module, folder: Path) -> None:
     checkpoint = folder / "run" / "checkpoints" / "step-00000004"
-    save_state(checkpoint, STEPS, optimizer, base)
+    save_state(checkpoint, STEPS, optimizer)
     merge(checkpoint, lambda expected: open_base(base.folder, expected=expected), folder / "merged", 10**9, 2**30)
     merged = load_file(folder / "merged" / "model.safetensors")
     for name, parameter in model.named_parameters():

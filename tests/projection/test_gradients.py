@@ -12,6 +12,7 @@ from pcscale.common.ledger import DIRECT, GRADIENTS, MOMENTS, RECORDS, WEIGHTS
 from pcscale.model.compressed import build_compressed
 from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.gradients import Accumulated
+from pcscale.projection.residency import State
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.training.step import training_step
@@ -43,7 +44,7 @@ def optimizer_over(
 ) -> tuple[nn.Module, ProjectedAdamW]:
     start = start_tensors(compression.plan, Start(compression.kept), compression.base.tensor)
     model = build_compressed(compression.plan, start, CPU, dtype, gradient_dtype)
-    return model, compression.optimizer(model, gradient_home=home)
+    return model, compression.optimizer(model, state=State(gradient_home=home))
 
 
 def backward(model: nn.Module, count: int = 1, seed: int = 5) -> None:

@@ -269,7 +269,11 @@ def test_rates_per_matrix_are_divided_by_what_a_projection_is_multiplied_with(
         model = compression.model()
         base = Scaled(compression.base, up, 20.0)
         optimizer = compression.optimizer(
-            model, rates, base=base, rates_per_matrix=per_matrix, form=RecordFormat(rank=rank)
+            model,
+            rates,
+            base=base,
+            projection_rates="per_matrix" if per_matrix else "uniform",
+            form=RecordFormat(rank=rank),
         )
         before = {name: values_of_parts(optimizer, name) for name in (up, query)}
         optimizer.compose_all()

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from pcscale.common.errors import RequestError, RunError
 from pcscale.common.files import TEMPORARY_PREFIX
+from pcscale.projection.memory_residency import Residency
 from pcscale.projection.record import views_of
-from pcscale.projection.residency import Home
 from pcscale.storage.hashing import fingerprint_file
-from tests.projection.homes import (
+from tests.projection.residencies import (
     LARGEST,
     LAYOUTS,
     SIZES,
@@ -158,7 +158,7 @@ def test_a_file_that_was_cut_short_is_said_with_the_way_on(cut: int, folder: Pat
         f"{path} is {cut} bytes too short. Check the disk; the last checkpoint is whole: go on from it with --resume."
     )
     with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
-        home.fetch("large.weight")
+        home.read("large.weight")
     assert torch.equal(held(home, "middle.weight"), records["middle.weight"]), "no buffer was lost"
 
 
@@ -169,7 +169,7 @@ def test_a_file_that_is_gone_is_said_with_the_way_on(folder: Path) -> None:
     with pytest.raises(
         RunError, match=r"large\.weight\.safetensors cannot be read \(.+\)\. .+ go on from it with --resume"
     ):
-        home.fetch("large.weight")
+        home.read("large.weight")
     assert torch.equal(held(home, "middle.weight"), records["middle.weight"]), "no buffer was lost"
 
 
@@ -194,7 +194,7 @@ def test_a_spare_file_is_written_over_and_never_one_that_a_checkpoint_shares(fol
         )
 
 
-def assert_full(home: Home, folder: Path, before: dict[str, bytes], disk: FullDisk) -> None:
+def assert_full(home: Residency, folder: Path, before: dict[str, bytes], disk: FullDisk) -> None:
     """A put fails, leaves what was there and no more, and succeeds when there is room again."""
     disk.full = True
     message = (

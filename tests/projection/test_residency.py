@@ -9,14 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from pcscale.common.errors import BudgetError
 from pcscale.common.units import aligned
-from pcscale.projection import homes, record_files
+from pcscale.projection import memory_residency, record_files
 from pcscale.projection.layout import TensorSpec, overlap_bytes
+from pcscale.projection.memory_residency import Traffic
 from pcscale.projection.record import views_of
-from pcscale.projection.residency import Traffic
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.host_memory import HostBytes
 from pcscale.storage.index import read_header
-from tests.projection.homes import (
+from tests.projection.residencies import (
     HOMES,
     LARGEST,
     LAYOUTS,
@@ -71,7 +71,7 @@ def test_a_buffer_that_is_put_unchanged_leaves_the_record(home: str, folder: Pat
     records = a_home(home, folder)
     before = filled(records)
     for name in NAMES:
-        records.put(name, records.fetch(name).fill_(99), changed=False)
+        records.write(name, records.read(name).fill_(99), changed=False)
     assert_holds(records, before)
 
 
@@ -208,7 +208,7 @@ def test_the_least_pinned_memory_works_and_no_more_is_taken(
     home: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     least, taken = least_of(home, folder), []
-    for module in (homes, record_files):
+    for module in (memory_residency, record_files):
         monkeypatch.setattr(module, "HostBytes", lambda num_bytes: taken.append(num_bytes) or HostBytes(num_bytes))
     records = a_home(home, folder, least)
     assert_holds(records, filled(records))
@@ -224,9 +224,9 @@ def test_residency_device_needs_no_pinned_memory(folder: Path) -> None:
 def test_without_a_budget_one_record_comes_while_one_is_worked_on_and_one_goes(home: str, folder: Path) -> None:
     records = a_home(home, folder)
     filled(records)
-    buffers = {name: records.fetch(name) for name in NAMES}
+    buffers = {name: records.read(name) for name in NAMES}
     for name, buffer in buffers.items():
-        records.put(name, buffer, changed=True)
+        records.write(name, buffer, changed=True)
 
 
 def test_buffers_for_an_overlap_are_those_of_the_three_neighbours_that_take_most() -> None:

@@ -20,6 +20,7 @@ from pcscale.projection.layout import RecordFormat
 from pcscale.projection.record import basis_name
 from pcscale.projection.starts import STARTS, TIED_GAIN, Start, make_start, rotated, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
+from tests.optimizers import build_optimizer
 from tests.projection.parts import ALL_CASES, CPU, Compression, TinyBase, case_folder, copies, token_batches
 from tests.tiny import build_base
 
@@ -96,7 +97,7 @@ def assert_composes(
     plan = compression.plan
     model = build_compressed(plan, start_tensors(plan, start, compression.base.tensor), CPU, torch.float32)
     expected = copies(model)
-    optimizer = ProjectedAdamW(
+    optimizer = build_optimizer(
         model, plan, base or compression.base, start, form=form or RecordFormat(), weight_decay=weight_decay
     )
     with torch.no_grad():

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
+from pcscale.projection.memory_residency import Residency
 from pcscale.projection.record import views_of
-from pcscale.projection.residency import Home, Residency
+from pcscale.projection.residency import State
 from pcscale.projection.store import RecordStore
-from tests.projection.homes import (
+from tests.projection.parts import Compression, copies
+from tests.projection.residencies import (
     HOMES,
     MOVING,
     WAIT_SECONDS,
     no_endless_wait,
 )
-from tests.projection.parts import Compression, copies
 from tests.projection.stores import (
     a_store,
     all_records,
@@ -155,7 +156,7 @@ def test_a_sweep_moves_every_record_in_and_out_once_and_every_base_weight_in_onc
     home: Any, form: str, wide: Compression, tmp_path: Path
 ) -> None:
     model = wide.model()
-    optimizer = wide.optimizer(model, form=FORMATS[form], residency=Residency(home, tmp_path / "residency"))
+    optimizer = wide.optimizer(model, form=FORMATS[form], state=State(home, tmp_path / "residency"))
     traffic = optimizer.records.traffic
     records = 0 if home == "device" else all_records(wide, FORMATS[form])
     base = sum(wide.weights[planned.name].nbytes for planned in wide.plan.matrices)
@@ -181,9 +182,9 @@ def test_steps_are_the_same_to_the_last_bit_wherever_records_live(
 ) -> None:
     need = least(home, wide, FORMATS[form])
     ends = []
-    for residency in (Residency(), Residency(home, tmp_path / "residency", need if tight else None)):
+    for residency in (State(), State(home, tmp_path / "residency", need if tight else None)):
         model = wide.model()
-        optimizer = wide.optimizer(model, form=FORMATS[form], residency=residency)
+        optimizer = wide.optimizer(model, form=FORMATS[form], state=residency)
         for seed in range(3):
             one_step(wide, optimizer, model, seed)
         state = {
@@ -200,10 +201,10 @@ def test_steps_are_the_same_to_the_last_bit_wherever_records_live(
 # Prefetch.
 
 
-class RecordingHome:
-    """A home that remembers who was fetched, where, and put, and lets a test wait for it."""
+class RecordingResidency:
+    """A residency that remembers who was read, where, and written, and lets a test wait for it."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Residency) -> None:
         self._home = home
         self.events: list[tuple[str, str]] = []
         self.buffers: dict[str, torch.Tensor] = {}
@@ -218,24 +219,24 @@ class RecordingHome:
         with self._changed:
             return self._changed.wait_for(lambda: (event, name) in self.events, seconds)
 
-    def fetch(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         self._note("asked for", name)
-        buffer = self.buffers[name] = self._home.fetch(name)
+        buffer = self.buffers[name] = self._home.read(name)
         self._note("fetched", name)
         return buffer
 
-    def put(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
+    def write(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
         self._note("given back", name)
-        self._home.put(name, buffer, changed)
+        self._home.write(name, buffer, changed)
         self._note("put", name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._home, name)
 
 
-def recording(store: RecordStore) -> RecordingHome:
-    home = RecordingHome(store.home)
-    store.home = home
+def recording(store: RecordStore) -> RecordingResidency:
+    home = RecordingResidency(store.residency)
+    store.residency = home
     return home
 
 
@@ -290,13 +291,13 @@ def test_everything_is_written_when_the_block_ends(
 ) -> None:
     store = a_store("disk")
     slow = threading.Event()
-    write = type(store.home).put
+    write = type(store.residency).put
 
     def late(*arguments: Any, **named: Any) -> None:
         slow.wait(0.02)
         write(*arguments, **named)
 
-    monkeypatch.setattr(type(store.home), "put", late)
+    monkeypatch.setattr(type(store.residency), "put", late)
     visit_all(store)
     monkeypatch.undo()
     assert [values(store, name) for name in store] == [{100.0 + position} for position in range(len(store))]

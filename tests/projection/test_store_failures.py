@@ -9,16 +9,16 @@ import pytest
 
 from pcscale.common.errors import RunError
 from pcscale.common.files import TEMPORARY_PREFIX
-from pcscale.projection.residency import Residency
+from pcscale.projection.residency import State
 from pcscale.projection.store import RecordStore
-from tests.projection.homes import (
+from tests.projection.parts import Compression
+from tests.projection.residencies import (
     MOVING,
     FullDisk,
     file_bytes,
     full_disk,
     no_endless_wait,
 )
-from tests.projection.parts import Compression
 from tests.projection.stores import (
     a_store,
     alone,
@@ -110,7 +110,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_sweep_ends_it_and_the_next_swee
 ) -> None:
     """With the least memory: the reader waits for the very buffer that cannot be written."""
     folder, model = tmp_path / "residency", compression.model()
-    optimizer = compression.optimizer(model, residency=Residency("disk", folder, largest_record(compression)))
+    optimizer = compression.optimizer(model, state=State("disk", folder, largest_record(compression)))
     one_step(compression, optimizer, model)
     name = list(optimizer.records)[position]
     before = file_bytes(folder)

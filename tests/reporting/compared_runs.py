@@ -45,7 +45,9 @@ def write_rows(run: Path, rows: Rows) -> None:
     steps = []
     for number, (tokens, seconds, eval_loss) in enumerate(rows, start=1):
         step = {"step": number, "tokens": tokens, "loss": 5.5, "learning_rate": 1e-3, "grad_norm": 0.7}
-        steps.append({**step, "seconds": seconds, **({} if eval_loss is None else {"eval_loss": eval_loss})})
+        steps.append(
+            {**step, "moved_bytes": 0, "seconds": seconds, **({} if eval_loss is None else {"eval_loss": eval_loss})}
+        )
     write_metrics(run, steps)
 
 
@@ -55,7 +57,7 @@ def write_tokens(
     validation: np.ndarray = VALIDATION_MT,
     tokenizer: str | None = "f00d",
 ) -> None:
-    """tokens.safetensors; `tokenizer` None: as versions wrote it that did not say whose ids they are."""
+    """tokens.safetensors; `tokenizer` None: it does not tell whose ids they are."""
     metadata = {"key": run.name} | ({} if tokenizer is None else {"tokenizer": tokenizer})
     save_file({"train": train, "validation": validation}, run / "tokens.safetensors", metadata)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reporting.run_folder import FINISHED, OLD, on_gpu, write_run
+from tests.reporting.run_folder import FINISHED, on_gpu, write_run
 
 
 @pytest.fixture
@@ -23,9 +23,3 @@ def run(tmp_path: Path) -> Path:
 def gpu_run(tmp_path: Path) -> Path:
     """A finished run beside a GPU."""
     return write_run(tmp_path / "run", on_gpu())
-
-
-@pytest.fixture
-def old_run(tmp_path: Path) -> Path:
-    """A finished run from before memory was told by component and moment."""
-    return write_run(tmp_path / "run", OLD)

@@ -1,4 +1,4 @@
-"""What a run predicts and measures of its memory: plan.json's, usage.json's and memory.json's part of a run folder."""
+"""Predicted and measured memory of a run: the parts of plan.json, usage.json and memory.json about it."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _VISIT = {"base in flight": 44, "sweep temporaries": 110}
 PREDICTED_TRAIN = {"libraries": 470, **_HELD, "gradients": 268, **_BATCH, **_VISIT}
 """MB of the host; what lies in files is added by `plan_phases`."""
 MEASURED_TRAIN = {"libraries": 455, **_HELD, "gradients": 268, "working memory": 799}
-PREDICTED_MOMENTS = {
+PREDICTED_STAGES = {
     "start": {"libraries": 470, **_HELD, "base in flight": 44},
     "forward": {"libraries": 470, **_HELD, **_BATCH},
     "backward": {"libraries": 470, **_HELD, "gradients": 268, **_BATCH},
@@ -26,7 +26,7 @@ PREDICTED_MOMENTS = {
     "evaluate": {"libraries": 470, **_HELD, "logits": 210},
     "checkpoint": {"libraries": 470, **_HELD},
 }
-MEASURED_MOMENTS = {
+MEASURED_STAGES = {
     "start": {"libraries": 455, **_HELD, "working memory": 61},
     "forward": {"libraries": 455, **_HELD, "working memory": 540},
     "backward": {"libraries": 455, **_HELD, "gradients": 268, "working memory": 799},
@@ -55,17 +55,17 @@ def plan_phases(on_gpu: bool = False) -> dict[str, Any]:
     """`phases` of plan.json; on a GPU all but libraries and hidden states is the device's."""
     files = {"frozen base": {"home": "disk", "bytes": 269_030_016}}
     phases = {
-        name: {"components": _homes(parts, on_gpu), "moments": {}}
+        name: {"components": _homes(parts, on_gpu), "stages": {}}
         for name, parts in {**PREDICTED_OTHERS, "train": PREDICTED_TRAIN}.items()
     }
     phases["train"]["components"] |= files
-    phases["train"]["moments"] = {name: _homes(parts, on_gpu) for name, parts in PREDICTED_MOMENTS.items()}
+    phases["train"]["stages"] = {name: _homes(parts, on_gpu) for name, parts in PREDICTED_STAGES.items()}
     return {name: phases[name] for name in ("calibrate", "train", "merge", "evaluate")}
 
 
 def plan_steps(step_seconds: bool = True) -> dict[str, Any]:
     """The keys of plan.json about a step, other ways to train, and devices."""
-    parts = {"forward and backward": 95.0, "sweep": 44.0, "motion not hidden": 4.0, "communication": 0.0}
+    parts = {"forward and backward": 95.0, "sweep": 44.0, "motion not hidden": 4.0}
     return {
         "moved": {"base": 269 * MB, "records_read": 0, "records_written": 0},
         "written_bytes_per_step": 200 * MB,
@@ -74,7 +74,7 @@ def plan_steps(step_seconds: bool = True) -> dict[str, Any]:
         "alternatives": {way: {"bytes": size, "of": of} for way, (size, of) in WAYS.items()},
         "devices": [
             {"device_bytes": 2 * 10**9, "fits": False, "change": "does not fit"},
-            {"device_bytes": 3 * 10**9, "fits": False, "change": "residency: cpu, moments: 8bit"},
+            {"device_bytes": 3 * 10**9, "fits": True, "change": "residency: cpu, moments: 8bit"},
             {"device_bytes": 8 * 10**9, "fits": True, "change": ""},
         ],
     }
@@ -85,35 +85,33 @@ def usage_phases(on_gpu: bool = False) -> dict[str, Any]:
     seconds = {"calibrate": 61.0, "train": 3725.0, "merge": 4.2, "evaluate": 33.0}
     parts = {**MEASURED_OTHERS, "train": MEASURED_TRAIN}
     phases = {name: _used(seconds[name], parts[name], on_gpu) for name in seconds}
-    phases["train"]["moments"] = {
-        name: _used(TRAIN_SECONDS[name], parts, on_gpu) for name, parts in MEASURED_MOMENTS.items()
+    phases["train"]["stages"] = {
+        name: _used(TRAIN_SECONDS[name], parts, on_gpu) for name, parts in MEASURED_STAGES.items()
     }
-    for moment in phases["train"]["moments"].values():
-        del moment["moments"]
     return phases
 
 
-def memory_document(steps: int = 24, samples_per_moment: int = 4, on_gpu: bool = False) -> dict[str, Any]:
+def memory_document(steps: int = 24, samples_per_stage: int = 4, on_gpu: bool = False) -> dict[str, Any]:
     """memory.json of a run whose steps breathe: activations come and go, gradients fill up, the sweep ends them."""
     samples = [_sample(0.0, "calibrate", None, {"libraries": 455}, on_gpu)]
     for number in range(1, 9):
         parts = {"libraries": 455, "hidden states": 68 * number, "working memory": 7 * number}
         samples.append(_sample(7.5 * number, "calibrate", None, parts, on_gpu))
     now = 61.0
-    for moment, parts in [("start", MEASURED_MOMENTS["start"])] + [
-        (name, MEASURED_MOMENTS[name]) for _ in range(steps) for name in ("forward", "backward", "sweep")
+    for stage, parts in [("start", MEASURED_STAGES["start"])] + [
+        (name, MEASURED_STAGES[name]) for _ in range(steps) for name in ("forward", "backward", "sweep")
     ]:
-        for number in range(samples_per_moment):
-            now += TRAIN_SECONDS[moment] / (1 if moment == "start" else steps) / samples_per_moment
-            done = (number + 1) / samples_per_moment
+        for number in range(samples_per_stage):
+            now += TRAIN_SECONDS[stage] / (1 if stage == "start" else steps) / samples_per_stage
+            done = (number + 1) / samples_per_stage
             shares = {"forward": (done, 1), "backward": (1 - 0.5 * done, done), "sweep": (1, 1 - done), "start": (1, 1)}
-            working, gradients = shares[moment]
+            working, gradients = shares[stage]
             held = parts | {"working memory": parts["working memory"] * working}
             held["gradients"] = parts.get("gradients", 0) * gradients
-            samples.append(_sample(now, "train", moment, held, on_gpu))
+            samples.append(_sample(now, "train", stage, held, on_gpu))
     for name in ("evaluate", "checkpoint"):
         now += TRAIN_SECONDS[name]
-        samples.append(_sample(now, "train", name, MEASURED_MOMENTS[name], on_gpu))
+        samples.append(_sample(now, "train", name, MEASURED_STAGES[name], on_gpu))
     for phase, seconds in (("merge", 4.2), ("evaluate", 33.0)):
         times = [now + seconds * number / 3 for number in range(3)]
         samples += [_sample(time, phase, None, MEASURED_OTHERS[phase], on_gpu) for time in times]
@@ -148,8 +146,9 @@ def _used(seconds: float, parts: dict[str, int], on_gpu: bool) -> dict[str, Any]
         "device_reserved": device + 100 * MB if on_gpu else None,
         "written": 24 * 210 * MB,
     }
-    return {"seconds": seconds, "peak": peak, "components": held, "moments": {}}
+    most = {"host": host, "device": device} if on_gpu else {"host": host}
+    return {"seconds": seconds, "peak": peak, "components": held, "most": most, "stages": {}}
 
 
-def _sample(seconds: float, phase: str, moment: str | None, parts: dict[str, float], on_gpu: bool) -> dict[str, Any]:
-    return {"seconds": seconds, "phase": phase, "moment": moment, **_held(parts, on_gpu)}
+def _sample(seconds: float, phase: str, stage: str | None, parts: dict[str, float], on_gpu: bool) -> dict[str, Any]:
+    return {"seconds": seconds, "phase": phase, "stage": stage, **_held(parts, on_gpu)}

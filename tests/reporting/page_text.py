@@ -17,6 +17,7 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert self.open_tags == []
+        self.text = " ".join(self.text.split())  # As a browser shows it.
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))

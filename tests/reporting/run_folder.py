@@ -13,7 +13,7 @@ STEPS = 24
 SKIPPED_STEP = 5
 TOKENS_PER_STEP = 16_384
 
-OLD_PLAN: dict[str, Any] = {
+PLAN: dict[str, Any] = {
     "base": {"name": "acme/tiny-llm", "family": "llama", "parameters": 134_515_008, "tied": True},
     "compressed": {
         "hidden_size": 384,
@@ -27,19 +27,14 @@ OLD_PLAN: dict[str, Any] = {
         "pull_back_per_step": 162_000_000_000,
         "train_per_token": 412_000_000,
     },
-    "memory": {
-        "records": {"home": "device", "bytes": 804_000_000},
-        "moments": {"home": "device", "bytes": 1_608_000_000},
-        "frozen_base": {"home": "disk", "bytes": 269_030_016},
-    },
     "peak": {
         "calibrate": {"device_bytes": 0, "host_bytes": 1_100_000_000, "disk_bytes": 2_000_000},
         "train": {"device_bytes": 0, "host_bytes": 3_300_000_000, "disk_bytes": 5_000_000_000},
         "merge": {"device_bytes": 0, "host_bytes": 700_000_000, "disk_bytes": 134_000_000},
     },
+    "phases": plan_phases(),
+    **plan_steps(),
 }
-"""From before plans told phases and moments apart."""
-PLAN = {**OLD_PLAN, "phases": plan_phases(), **plan_steps()}
 
 
 def _model(loss: float, parameters: int, tokens_per_second: float) -> dict[str, Any]:
@@ -68,27 +63,16 @@ MERGE = {
     "seconds": 4.2,
     "peak_anonymous_bytes": 410_000_000,
     "max_memory_bytes": 2_147_483_648,
+    "checkpoint": "step-00000024",
 }
 
-OLD_USAGE: dict[str, Any] = {
-    "phases": {
-        "calibrate": {"seconds": 61.0, "peak_host_anonymous_bytes": 1_050_000_000, "peak_device_bytes": None},
-        "train": {"seconds": 3725.0, "peak_host_anonymous_bytes": 3_400_000_000, "peak_device_bytes": None},
-        "merge": {"seconds": 4.2, "peak_host_anonymous_bytes": 410_000_000, "peak_device_bytes": None},
-        "evaluate": {"seconds": 33.0, "peak_host_anonymous_bytes": 900_000_000, "peak_device_bytes": None},
-    },
-    "machine": {"cpu": "Imaginary CPU 9000", "cores": 2, "gpu": None, "memory_bytes": 8_589_934_592},
-    "skipped_steps": 1,
-}
-"""From before components and moments were measured."""
-USAGE = {
+USAGE: dict[str, Any] = {
     "phases": usage_phases(),
-    "machine": OLD_USAGE["machine"],
+    "machine": {"cpu": "Imaginary CPU 9000", "cores": 2, "gpu": None, "memory_bytes": 8_589_934_592},
     "limits": {"host_bytes": 4 * 2**30, "host_source": "cgroup, memory.max", "device_bytes": None},
 }
 MEMORY = memory_document()
 FINISHED = {"plan": PLAN, "evaluation": EVALUATION, "merge": MERGE, "usage": USAGE, "memory": MEMORY}
-OLD = {"plan": OLD_PLAN, "evaluation": EVALUATION, "merge": MERGE, "usage": OLD_USAGE}
 
 
 def on_gpu() -> dict[str, Any]:

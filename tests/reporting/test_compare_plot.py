@@ -9,9 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from pcscale.common.errors import RequestError, RunError
-from pcscale.reporting.compare import compare_runs
-from pcscale.reporting.compare_plot import COLOURS, MARKERS_END_AT, plot_comparison, write_comparison
-from pcscale.reporting.drawing import MAX_POINTS
+from pcscale.reporting.compare import compare_runs, write_comparison
+from pcscale.reporting.drawing import COLOURS
+from pcscale.reporting.plots import MARKERS, plot_comparison
 from tests.reporting.compared_runs import SECOND, write_compared
 from tests.reporting.run_folder import on_gpu, write_document
 from tests.runs import leftovers, snapshot
@@ -70,21 +70,11 @@ AWKWARD = ["_hidden", "$x^{2$", r"$\frac$ $", "a" * 90 + "_end", "plain", "sixth
 def test_names_are_shown_as_they_are_whatever_they_hold() -> None:
     figure = plot_comparison(_comparison(AWKWARD))
     figure.draw_without_rendering()
-    shown = [text.get_text().strip().replace(r"\$", "$") for text in figure.legends[0].get_texts()]
+    shown = [text.get_text().strip() for text in figure.legends[0].get_texts()]
     assert shown[:3] == AWKWARD[:3]
-    assert shown[3].startswith("…a")
-    assert shown[3].endswith("_end")
+    assert shown[3].endswith("aa_end")
+    assert len(shown) == len(AWKWARD) + 1
     assert shown[-1] == "equal tokens, equal time"
-
-
-@pytest.mark.parametrize("labels", [["a", "b"], AWKWARD, [f"arm {number}" for number in range(20)]])
-def test_the_legend_lies_beside_every_panel_and_within_the_picture(labels: list[str]) -> None:
-    figure = plot_comparison(_comparison(labels))
-    figure.draw_without_rendering()
-    legend = figure.legends[0].get_window_extent()
-    assert all(not legend.overlaps(axes.get_tightbbox()) for axes in figure.axes)
-    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1
-    assert 0 <= legend.y0 < legend.y1 <= figure.bbox.y1
 
 
 def test_no_two_of_many_runs_look_alike() -> None:
@@ -93,11 +83,11 @@ def test_no_two_of_many_runs_look_alike() -> None:
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 3 * len(COLOURS)
 
 
-def test_many_evaluations_are_a_bounded_line_without_markers() -> None:
+def test_many_evaluations_are_a_line_with_few_markers() -> None:
     figure = plot_comparison(_comparison(["a", "b"], points=5_000))
     line = figure.axes[0].get_lines()[0]
-    assert MARKERS_END_AT < len(np.asarray(line.get_xdata())) <= MAX_POINTS
-    assert line.get_marker() == ""
+    assert len(np.asarray(line.get_xdata())) == 5_000
+    assert line.get_markevery() == 5_000 // MARKERS
     assert figure.axes[1].get_xlabel() == "hours of training"
 
 

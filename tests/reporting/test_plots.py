@@ -1,70 +1,125 @@
-"""Curves: right values, bounded size, gaps where steps were skipped."""
+"""Curves and bars: right values, gaps where steps were skipped, nothing where there is nothing to draw."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from pcscale.reporting.drawing import MAX_POINTS, downsample, smooth
-from pcscale.reporting.plots import CURVES, plot_loss, plot_tokens_per_second
-from pcscale.reporting.run_data import read_run
-from tests.reporting.run_folder import EVALUATION, SKIPPED_STEP, STEPS, metrics, write_metrics
+from pcscale.reporting.plots import (
+    CURVES,
+    PLOTS,
+    figures,
+    plot_bytes_per_step,
+    plot_loss,
+    plot_memory_by_component,
+    plot_step_time,
+    plot_tokens_per_second,
+)
+from pcscale.run.record import RunRecord
+from tests.reporting.run_folder import EVALUATION, PLAN, SKIPPED_STEP, STEPS, metrics, write_document, write_metrics
 
-
-def test_downsampling_leaves_a_short_series_alone() -> None:
-    x = np.arange(MAX_POINTS, dtype=float)
-    assert downsample(x, x)[1] is x
-
-
-@pytest.mark.parametrize("count", [MAX_POINTS + 1, 4_000, 123_457])
-def test_downsampling_bounds_a_long_series_and_keeps_its_means(count: int) -> None:
-    x = np.arange(1, count + 1, dtype=float)
-    short_x, short_y = downsample(x, 3 * x)
-    assert len(short_x) == len(short_y) <= MAX_POINTS
-    np.testing.assert_allclose(short_y, 3 * short_x)
-    assert short_x[0] >= x[0]
-    assert short_x[-1] <= x[-1]
+GIB = 2**30
 
 
-def test_a_bucket_is_the_mean_of_what_is_there_and_a_gap_without_anything() -> None:
-    y = np.array([1.0, np.nan, 3.0, 5.0, np.nan, np.nan, 7.0])
-    short_x, short_y = downsample(np.arange(7.0), y, max_points=4)
-    np.testing.assert_array_equal(short_x, [0.5, 2.5, 4.5, 6.0])
-    np.testing.assert_array_equal(short_y, [1.0, 4.0, np.nan, 7.0])
+def texts(figure: Figure | None) -> list[str]:
+    """The texts beside the bars, from above."""
+    assert figure is not None
+    return [text.get_text() for text in sorted(figure.axes[0].texts, key=lambda text: text.xy[1])]
 
 
-def test_smoothing_averages_neighbours_and_keeps_gaps() -> None:
-    np.testing.assert_allclose(smooth(np.array([1.0, 3.0, 5.0, np.nan, 2.0]), 3), [2.0, 3.0, 4.0, np.nan, 2.0])
+def names(figure: Figure | None) -> list[str]:
+    assert figure is not None
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def legend(figure: Figure | None) -> list[str]:
+    assert figure is not None
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_the_loss_plot_shows_training_held_out_and_base(run: Path) -> None:
-    training, held_out, base = plot_loss(read_run(run)).axes[0].get_lines()
+    training, held_out, base = plot_loss(RunRecord.read(run)).axes[0].get_lines()
     losses = np.asarray(training.get_ydata(), dtype=float)
     assert len(losses) == STEPS
     assert np.flatnonzero(np.isnan(losses)).tolist() == [SKIPPED_STEP - 1]
-    assert np.asarray(held_out.get_xdata())[0] == 0
-    assert np.asarray(held_out.get_ydata())[0] == EVALUATION["start"]["loss"]
+    evaluated = [step for step in metrics(STEPS) if "eval_loss" in step]
+    assert np.asarray(held_out.get_xdata()).tolist() == [0, *(step["step"] for step in evaluated)]
+    assert np.asarray(held_out.get_ydata()).tolist() == [
+        EVALUATION["start"]["loss"],
+        *(step["eval_loss"] for step in evaluated),
+    ]
     assert set(base.get_ydata()) == {EVALUATION["base"]["loss"]}
 
 
 def test_speed_is_the_tokens_of_a_step_over_its_seconds(run: Path) -> None:
-    data = read_run(run)
-    speed = np.asarray(plot_tokens_per_second(data).axes[0].get_lines()[0].get_ydata(), dtype=float)
-    np.testing.assert_allclose(speed, [16_384 / step.seconds for step in data.steps])
+    record = RunRecord.read(run)
+    speed = np.asarray(plot_tokens_per_second(record).axes[0].get_lines()[0].get_ydata(), dtype=float)
+    np.testing.assert_allclose(speed, [16_384 / step.seconds for step in record.steps])
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_a_long_run_is_drawn_with_few_points(bare_run: Path, name: str) -> None:
+def test_every_step_of_a_long_run_is_on_the_curve(bare_run: Path, name: str) -> None:
     write_metrics(bare_run, metrics(20_001))
-    axes = CURVES[name](read_run(bare_run)).axes[0]
-    assert axes.get_lines()
-    assert all(len(np.asarray(line.get_xdata())) <= MAX_POINTS for line in axes.get_lines())
-    assert axes.get_title(loc="left")
-    assert axes.get_xlabel()
+    axes = CURVES[name](RunRecord.read(bare_run)).axes[0]
+    assert len(np.asarray(axes.get_lines()[0].get_xdata())) == 20_001
+    assert axes.get_title(loc="center") or axes.get_title(loc="left")
+    assert axes.get_xlabel() == "optimizer step"
     assert axes.get_ylabel()
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_a_run_whose_only_step_was_skipped_can_be_drawn(bare_run: Path, name: str, tmp_path: Path) -> None:
     write_metrics(bare_run, [metrics(STEPS)[SKIPPED_STEP - 1]])
-    CURVES[name](read_run(bare_run)).savefig(tmp_path / "plot.png")
+    CURVES[name](RunRecord.read(bare_run)).savefig(tmp_path / "plot.png")
+
+
+def test_a_pair_of_bars_shows_sizes_and_their_difference(run: Path) -> None:
+    figure = plot_memory_by_component(RunRecord.read(run))
+    assert names(figure)[0] == "libraries"
+    assert texts(figure)[:2] == ["448.2 MiB", "433.9 MiB, -3.2%"]
+    assert names(figure)[-1] == "working memory"
+    assert texts(figure)[-2:] == ["652.3 MiB", "762.0 MiB, +16.8%"]
+    assert figure is not None
+    predicted, measured = figure.axes[0].containers[:2]
+    assert [bars[0].get_width() for bars in (predicted, measured)] == pytest.approx([470e6 / GIB, 455e6 / GIB])
+
+
+def test_a_size_that_was_not_measured_is_named(gpu_run: Path) -> None:
+    assert texts(plot_bytes_per_step(RunRecord.read(gpu_run))) == [
+        *("256.5 MiB", "257.5 MiB, +0.4%"),
+        *("190.7 MiB", "200.3 MiB, +5.0%"),
+        *("515.0 MiB", "not measured"),
+    ]
+
+
+def test_bars_of_time_are_as_long_as_a_step(run: Path) -> None:
+    figure = plot_step_time(RunRecord.read(run))
+    assert names(figure) == ["predicted", "measured"]
+    assert texts(figure) == ["143 s", "150 s"]
+    assert legend(figure) == ["forward", "backward", "forward and backward", "sweep", "motion not hidden"]
+    assert figure is not None
+    for row, seconds in enumerate((143.0, 150.0)):
+        parts = [container[row] for container in figure.axes[0].containers[:-1]]
+        assert sum(part.get_width() for part in parts) == pytest.approx(seconds)
+        assert max(part.get_x() + part.get_width() for part in parts) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("absent", [{"step_seconds": None}, {}])
+def test_time_that_nobody_predicted_is_drawn_alone(run: Path, absent: dict[str, None]) -> None:
+    plan = {key: value for key, value in PLAN.items() if key != "step_seconds"} | absent
+    write_document(run, "plan.json", plan)
+    assert names(plot_step_time(RunRecord.read(run))) == ["measured"]
+
+
+def test_a_run_that_has_hardly_begun_has_its_curves_and_what_it_moved(bare_run: Path) -> None:
+    assert list(figures(RunRecord.read(bare_run))) == [*CURVES, "bytes_per_step"]
+
+
+@pytest.mark.parametrize("fixture", ["run", "gpu_run"])
+def test_every_plot_of_a_finished_run_is_drawn(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    found = figures(RunRecord.read(request.getfixturevalue(fixture)))
+    assert list(found) == list(PLOTS)
+    for name, figure in found.items():
+        figure.savefig(tmp_path / f"{name}.png", dpi=40)
+        assert all(axes.has_data() for axes in figure.axes)

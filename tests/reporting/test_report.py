@@ -106,7 +106,7 @@ def test_report_json_holds_what_is_returned(run: Path) -> None:
     evaluate = report["phases"]["evaluate"]
     assert evaluate["seconds"] == 33.0
     assert evaluate["host_anonymous"] == {"predicted_bytes": None, "measured_bytes": 900_000_000}
-    assert (evaluate["device"], evaluate["moments"]) == (None, {})
+    assert (evaluate["device"], evaluate["stages"]) == (None, {})
     assert report["limits"] == USAGE["limits"]
     assert report["devices"] == PLAN["devices"]
     steps = metrics(STEPS)
@@ -130,23 +130,6 @@ def test_device_memory_is_reported_where_a_phase_used_one(gpu_run: Path) -> None
         assert text in page.text
 
 
-def test_a_run_from_before_components_is_reported_as_it_was(old_run: Path) -> None:
-    report = write_report(old_run)
-    assert report["peak"] == {
-        "host_anonymous": {"predicted_bytes": 3_300_000_000, "measured_bytes": 3_400_000_000},
-        "device": None,
-    }
-    assert [phase["components"] for phase in report["phases"].values()] == [{}] * 4
-    assert (report["alternatives"], report["devices"], report["limits"]) == (None, None, None)
-    assert report["step_seconds"] == {"predicted": None, "measured": {}}
-    assert report["written_bytes_per_step"] == {"predicted_bytes": None, "measured_bytes": None}
-    text = Page(old_run / "report.html").text
-    assert "+3.0%" in text
-    assert "trainable state" in text
-    assert "Moments of training" not in text
-    assert {path.stem for path in (old_run / "plots").iterdir()} == {*CURVES, "bytes_per_step"}
-
-
 def test_a_run_that_has_only_been_planned_shows_what_was_predicted(run: Path) -> None:
     for name in ("usage.json", "memory.json", "merge.json", "evaluation.json"):
         (run / name).unlink()
@@ -157,7 +140,7 @@ def test_a_run_that_has_only_been_planned_shows_what_was_predicted(run: Path) ->
     assert report["alternatives"]["this run"]["measured_bytes"] is None
     text = Page(run / "report.html").text
     assert "The run has not got to measuring its phases yet." in text
-    assert "Moments of training" in text
+    assert "Stages of training" in text
 
 
 def test_a_run_of_settings_and_metrics_alone_is_reported(bare_run: Path) -> None:

@@ -110,11 +110,10 @@ def test_another_tokenizer_is_refused_whatever_its_ids(pair: list[Path]) -> None
     )
 
 
-def test_a_run_of_an_earlier_version_is_refused_since_its_tokenizer_is_unknown(pair: list[Path]) -> None:
+def test_a_run_whose_tokenizer_is_unknown_is_refused(pair: list[Path]) -> None:
     write_tokens(pair[0], tokenizer=None)
     assert _refusal(pair) == (
-        f"{pair[0] / 'tokens.safetensors'} does not say which tokenizer made it: it was written by an earlier version. "
-        "Run it anew."
+        f"{pair[0] / 'tokens.safetensors'} does not say which tokenizer made it. Restore the file."
     )
 
 

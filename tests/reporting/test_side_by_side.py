@@ -8,8 +8,8 @@ import pytest
 
 from pcscale.common.ledger import COMPONENTS
 from pcscale.reporting import side_by_side
-from pcscale.reporting.run_data import RunData, read_run
-from tests.reporting.memory_run import MB, MEASURED_MOMENTS, PREDICTED_MOMENTS, TRAIN_SECONDS
+from pcscale.run.record import RunRecord
+from tests.reporting.memory_run import MB, MEASURED_STAGES, PREDICTED_STAGES, TRAIN_SECONDS
 from tests.reporting.run_folder import PLAN, STEPS, USAGE, write_document
 
 
@@ -17,21 +17,21 @@ def pair(predicted: float | None, measured: float | None) -> dict[str, float | N
     return {"predicted_bytes": predicted, "measured_bytes": measured}
 
 
-def reread(run: Path, **documents: dict[str, Any]) -> RunData:
+def reread(run: Path, **documents: dict[str, Any]) -> RunRecord:
     for name, document in documents.items():
         write_document(run, f"{name}.json", document)
-    return read_run(run)
+    return RunRecord.read(run)
 
 
 def test_parts_of_working_memory_are_summed(run: Path) -> None:
-    parts = side_by_side.phases(read_run(run))["train"]["components"]
+    parts = side_by_side.phases(RunRecord.read(run))["train"]["components"]
     assert parts["working memory"] == {"home": "host", **pair((320 + 210 + 44 + 110) * MB, 799 * MB)}
     assert set(parts) <= set(COMPONENTS)
     assert sum(part["predicted_bytes"] for part in parts.values()) == PLAN["peak"]["train"]["host_bytes"]
 
 
 def test_each_named_part_stands_beside_itself(run: Path) -> None:
-    parts = side_by_side.phases(read_run(run))["train"]["components"]
+    parts = side_by_side.phases(RunRecord.read(run))["train"]["components"]
     assert parts["libraries"] == {"home": "host", **pair(470 * MB, 455 * MB)}
     assert parts["records"] == {"home": "host", **pair(804 * MB, 804 * MB)}
     assert "frozen base" not in parts  # In files.
@@ -59,7 +59,7 @@ def test_a_part_on_device_and_host_has_two_entries() -> None:
     }
 
 
-def test_what_was_predicted_for_another_home_is_not_compared() -> None:
+def test_memory_that_was_predicted_elsewhere_is_not_compared() -> None:
     predicted = {"gradients": {"home": "host", "bytes": 4}}
     assert side_by_side.components(predicted, {"host": {}, "device": {"gradients": 4}}) == {
         "gradients": {"home": "device", **pair(None, 4)},
@@ -80,43 +80,43 @@ def test_a_devices_context_is_no_working_memory() -> None:
     }
 
 
-def test_moments_have_sums_of_their_own(run: Path) -> None:
-    moments = side_by_side.phases(read_run(run))["train"]["moments"]
-    assert list(moments) == list(PREDICTED_MOMENTS)
-    for name, moment in moments.items():
-        predicted, measured = sum(PREDICTED_MOMENTS[name].values()) * MB, sum(MEASURED_MOMENTS[name].values()) * MB
-        assert moment["host_anonymous"] == pair(predicted, measured)
-        assert moment["seconds"] == TRAIN_SECONDS[name]
-        assert moment["device"] is None
-        assert "moments" not in moment
-    assert moments["backward"]["components"]["working memory"] == {"home": "host", **pair(530 * MB, 799 * MB)}
-    assert side_by_side.phases(read_run(run))["merge"]["moments"] == {}
+def test_stages_have_sums_of_their_own(run: Path) -> None:
+    stages = side_by_side.phases(RunRecord.read(run))["train"]["stages"]
+    assert list(stages) == list(PREDICTED_STAGES)
+    for name, stage in stages.items():
+        predicted, measured = sum(PREDICTED_STAGES[name].values()) * MB, sum(MEASURED_STAGES[name].values()) * MB
+        assert stage["host_anonymous"] == pair(predicted, measured)
+        assert stage["seconds"] == TRAIN_SECONDS[name]
+        assert stage["device"] is None
+        assert "stages" not in stage
+    assert stages["backward"]["components"]["working memory"] == {"home": "host", **pair(530 * MB, 799 * MB)}
+    assert side_by_side.phases(RunRecord.read(run))["merge"]["stages"] == {}
 
 
 def test_the_hosts_and_the_devices_sums_are_kept_apart(gpu_run: Path) -> None:
-    backward = side_by_side.phases(read_run(gpu_run))["train"]["moments"]["backward"]
+    backward = side_by_side.phases(RunRecord.read(gpu_run))["train"]["stages"]["backward"]
     assert backward["host_anonymous"] == pair(470 * MB, 455 * MB)
     assert backward["device"] == pair(2_676 * MB, 2_945 * MB)
     assert backward["components"]["records"]["home"] == "device"
 
 
-def test_a_moment_that_was_not_predicted_is_only_measured(run: Path) -> None:
+def test_a_stage_that_was_not_predicted_is_only_measured(run: Path) -> None:
     plan = copy.deepcopy(PLAN)
-    del plan["phases"]["train"]["moments"]["sweep"]
-    sweep = side_by_side.phases(reread(run, plan=plan))["train"]["moments"]["sweep"]
+    del plan["phases"]["train"]["stages"]["sweep"]
+    sweep = side_by_side.phases(reread(run, plan=plan))["train"]["stages"]["sweep"]
     assert sweep["host_anonymous"]["predicted_bytes"] is None
     assert sweep["components"]["records"] == {"home": "host", **pair(None, 804 * MB)}
 
 
-def test_seconds_of_a_step_are_those_of_its_moments(run: Path) -> None:
-    seconds = side_by_side.step_seconds(read_run(run))
+def test_seconds_of_a_step_are_those_of_its_stages(run: Path) -> None:
+    seconds = side_by_side.step_seconds(RunRecord.read(run))
     assert seconds["predicted"] == PLAN["step_seconds"]
     recurring = ("forward", "backward", "sweep", "evaluate", "checkpoint")
     assert seconds["measured"] == {name: pytest.approx(TRAIN_SECONDS[name] / STEPS) for name in recurring}
 
 
 def test_bytes_of_a_step(run: Path) -> None:
-    assert side_by_side.bytes_per_step(read_run(run)) == {
+    assert side_by_side.bytes_per_step(RunRecord.read(run)) == {
         "moved": pair(269 * MB, 270 * MB),
         "written": pair(200 * MB, 210 * MB),
         "communicated": pair(0, None),
@@ -124,7 +124,7 @@ def test_bytes_of_a_step(run: Path) -> None:
 
 
 def test_only_this_run_is_measured_among_the_ways_to_train(gpu_run: Path) -> None:
-    ways = side_by_side.alternatives(read_run(gpu_run))
+    ways = side_by_side.alternatives(RunRecord.read(gpu_run))
     assert ways is not None
     assert {name: way["measured_bytes"] for name, way in ways.items()} == {
         "published form": None,

@@ -20,6 +20,7 @@ from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.manifest import Manifest
 from pcscale.training.hf_trainer import ProjectionCallback
+from tests.optimizers import build_optimizer
 from tests.runs import World, leftovers
 
 
@@ -28,7 +29,7 @@ def _build(base_folder: Path, output: Path, max_steps: int, **changes: Any) -> t
     plan = plan_keep(base.family, base.config, 0.5)
     kept = select(plan, random_scores(plan, seed=0))
     model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
-    optimizer = ProjectedAdamW(model, plan, base, Start(kept), lr=1e-3, aux_lr=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(model, plan, base, Start(kept), lr=1e-3, aux_lr=1e-2, weight_decay=0.1)
     ids_NT = torch.randint(300, (64, 1), generator=torch.Generator().manual_seed(0)).expand(64, 12)
     settings: dict[str, Any] = {
         "max_steps": max_steps,
@@ -49,7 +50,7 @@ def _build(base_folder: Path, output: Path, max_steps: int, **changes: Any) -> t
         TrainingArguments(output_dir=str(output), **(settings | changes)),
         train_dataset=[{"input_ids": ids_T, "labels": ids_T} for ids_T in ids_NT],
         optimizers=(optimizer, None),  # pyright: ignore[reportArgumentType]
-        callbacks=[ProjectionCallback(optimizer, base)],
+        callbacks=[ProjectionCallback(optimizer)],
     )
     return trainer, optimizer
 
@@ -145,9 +146,8 @@ def test_deepspeed_and_more_processes_are_pointed_to_compress(
     """DeepSpeed need not be installed to be refused, so the arguments are stand-ins."""
     arguments: Any = SimpleNamespace(deepspeed=deepspeed, world_size=world_size)
     optimizer = uninterrupted[1]
-    base: Any = optimizer.base
     with pytest.raises(RequestError) as error:
-        ProjectionCallback(optimizer, base).on_init_end(arguments, TrainerState(), TrainerControl())
+        ProjectionCallback(optimizer).on_init_end(arguments, TrainerState(), TrainerControl())
     assert str(error.value) == (
         "ProjectedAdamW runs under the Trainer on one process only. "
         "Use `pcscale compress` for DeepSpeed and more processes."
@@ -158,8 +158,7 @@ def test_a_trainer_that_begins_needs_no_projection(
     tmp_path: Path, uninterrupted: tuple[Trainer, ProjectedAdamW]
 ) -> None:
     optimizer = uninterrupted[1]
-    base: Any = optimizer.base
     before = {name: value.clone() for name, value in _state(optimizer).items()}
     arguments: Any = SimpleNamespace(output_dir=str(tmp_path))
-    ProjectionCallback(optimizer, base).on_train_begin(arguments, TrainerState(), TrainerControl())
+    ProjectionCallback(optimizer).on_train_begin(arguments, TrainerState(), TrainerControl())
     assert all(torch.equal(value, before[name]) for name, value in _state(optimizer).items())

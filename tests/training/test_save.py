@@ -20,11 +20,10 @@ from safetensors.torch import load_file
 
 from pcscale.common import files
 from pcscale.common.errors import RunError
+from pcscale.projection import checkpoint as state
+from pcscale.projection.checkpoint import read_state, save_state
 from pcscale.projection.layout import trainable_values
-from pcscale.projection.persist import read_state
 from pcscale.run.manifest import Manifest
-from pcscale.training import state
-from pcscale.training.state import save_state
 from tests.merging.trained import (
     BASE_NAME,
     FFN,
@@ -33,7 +32,6 @@ from tests.merging.trained import (
     STEPS,
     TrainedRun,
     file_bytes,
-    open_base,
     train_and_save,
 )
 from tests.tiny import CASES, build_base
@@ -63,7 +61,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def _save_again(run: TrainedRun, folder: Path, **changes: Any) -> None:
-    save_state(folder, STEPS, run.optimizer, open_base(run.base_folder)({}), **changes)
+    save_state(folder, STEPS, run.optimizer, **changes)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -1,7 +1,6 @@
 """One step: accumulation, clipping, and what a loss that is not finite leaves alone."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ from torch.nn.utils import get_total_norm
 from pcscale.calibration.score import random_scores
 from pcscale.calibration.select import select
 from pcscale.config.schema import RunConfig
-from pcscale.jobs.run import build_training_parts, prepare
+from pcscale.jobs.build import build_optimizer
+from pcscale.jobs.run import open_run
 from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
-from pcscale.run.folder import RunFolder
 from pcscale.training.step import StepResult, training_step
 
 UNCLIPPED = 1e9
@@ -23,9 +22,13 @@ Parts = tuple[NextTokenLoss, ProjectedAdamW]
 
 
 def build_parts(settings: RunConfig) -> Parts:
-    setup = prepare(settings)
-    kept = select(setup.plan, random_scores(setup.plan, seed=0))
-    return build_training_parts(setup, settings, Start(kept), RunFolder(Path(settings.output)))
+    run = open_run(settings, resume=False)
+    return build_optimizer(run, Start(select(run.plan, random_scores(run.plan, seed=0))))
+
+
+def take_step(parts: Parts, batches: list[torch.Tensor], clip: float) -> StepResult:
+    loss_module, optimizer = parts
+    return training_step(loss_module, optimizer, batches, len(batches), clip)
 
 
 @pytest.fixture(params=["projected", "hard_prune"])
@@ -49,7 +52,7 @@ def _gradients(parts: Parts, batches: list[torch.Tensor], clip: float) -> tuple[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "step", look)
-        result = training_step(loss_module, optimizer, batches, len(batches), clip)
+        result = take_step(parts, batches, clip)
     return result, seen
 
 
@@ -100,7 +103,7 @@ def test_gradients_are_clipped_and_the_norm_is_the_one_before(parts: Parts) -> N
 
 def test_a_step_updates_and_leaves_no_gradient(parts: Parts) -> None:
     before = _state(parts)
-    result = training_step(*parts, [_ids(2)], 1, 1.0)
+    result = take_step(parts, [_ids(2)], 1.0)
     assert not result.skipped
     assert parts[1].updates == 1
     after = _state(parts)
@@ -141,10 +144,10 @@ def _poison_gradient(parts: Parts, patch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(
     poison: Callable[[Parts, pytest.MonkeyPatch], None], parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training_step(*parts, [_ids(2, seed=1)], 1, 1.0)  # So that there are moments.
+    take_step(parts, [_ids(2, seed=1)], 1.0)  # So that there are moments.
     poison(parts, monkeypatch)
     before = _state(parts)
-    result = training_step(*parts, [_ids(2)], 1, 1.0)
+    result = take_step(parts, [_ids(2)], 1.0)
     assert result.skipped
     assert _state(parts) == before
     assert parts[1].updates == 1
@@ -156,7 +159,7 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(
 ) -> None:
     with monkeypatch.context() as patch:
         _poison_loss(float("nan"))(parts, patch)
-        training_step(*parts, [_ids(2, seed=1)], 1, 1.0)
+        take_step(parts, [_ids(2, seed=1)], 1.0)
     result, gradients = _gradients(parts, [_ids(2)], 1.0)
     assert not result.skipped
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pcscale.memory.components import SAID, train_moments
+from pcscale.memory.place import Place
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pcscale.common.ledger import HIDDEN, TEACHER
 from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
 from pcscale.jobs.compress import compress
-from pcscale.memory.components import SAID, train_moments
-from pcscale.memory.place import Place
 from pcscale.model.loss import Distillation, NextTokenLoss, top_divergence
 from pcscale.training.teacher import Teacher
 from tests.entered import Entered
@@ -47,11 +47,11 @@ def divergence(logits_BTV: torch.Tensor, taught_BTV: torch.Tensor, temperature: 
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-def test_what_it_says_is_what_the_stock_base_says(family: str, tied: bool, tiny_base: TinyBase) -> None:
+def test_its_targets_are_those_of_the_stock_base(family: str, tied: bool, tiny_base: TinyBase) -> None:
     compression = Compression.of(tiny_base(family, tied))
     whole = teacher_of(compression)
     assert whole.distillation.head_VH is not None
-    for ids_BT, (hidden_BTH,) in zip(BATCHES, whole.says(BATCHES), strict=True):
+    for ids_BT, (hidden_BTH,) in zip(BATCHES, whole.targets(BATCHES), strict=True):
         logits_BTV = (hidden_BTH @ whole.distillation.head_VH.T).double()
         torch.testing.assert_close(logits_BTV, stock_logits(compression, ids_BT), rtol=0, atol=1e-4)
 
@@ -64,7 +64,7 @@ def test_its_most_likely_tokens_are_those_of_the_stock_base(
     monkeypatch.setattr("pcscale.base.forward.LOGIT_CHUNK_VALUES", block_values)
     teacher = teacher_of(compression, top_k=7, temperature=temperature)
     assert teacher.distillation.head_VH is None
-    for ids_BT, (top_BTk, log_p_BTk) in zip(BATCHES, teacher.says(BATCHES), strict=True):
+    for ids_BT, (top_BTk, log_p_BTk) in zip(BATCHES, teacher.targets(BATCHES), strict=True):
         expected = (stock_logits(compression, ids_BT) / temperature).log_softmax(-1).topk(7)
         assert top_BTk.dtype == torch.int32
         assert torch.equal(top_BTk.long(), expected.indices)
@@ -79,7 +79,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_definition(
     teacher, ids_BT = teacher_of(compression, weight=weight, temperature=temperature), BATCHES[0]
     loss_module = NextTokenLoss(compression.model(), teacher.distillation)
     loss_module._chunk = chunk or loss_module._chunk
-    loss = loss_module(ids_BT, *teacher.says([ids_BT])[0])
+    loss = loss_module(ids_BT, *teacher.targets([ids_BT])[0])
     loss.backward()
     model = compression.model().double()
     logits_BTV = model(ids_BT).logits
@@ -152,10 +152,10 @@ def test_a_taught_run_is_split_and_resumed_like_any_other(world: World, tmp_path
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_what_it_holds_and_says_is_predicted_to_the_byte(top_k: int | None, compression: Compression) -> None:
+def test_its_memory_and_targets_are_predicted_to_the_byte(top_k: int | None, compression: Compression) -> None:
     entered = Entered()
     teacher = teacher_of(compression, **({} if top_k is None else {"top_k": top_k}))
-    said = [values for of_batch in teacher.says(BATCHES) for values in of_batch]
+    targets = [values for of_batch in teacher.targets(BATCHES) for values in of_batch]
     config = RunConfig(
         base="-",
         output="-",
@@ -167,7 +167,7 @@ def test_what_it_holds_and_says_is_predicted_to_the_byte(top_k: int | None, comp
         sequence_length=12,
     )
     moments = train_moments(compression.plan, config, Place(on_gpu=False))
-    assert moments["forward"][SAID].num_bytes == held_bytes(said)
+    assert moments["forward"][SAID].num_bytes == held_bytes(targets)
     held = moments["forward"].get(TEACHER)
     assert entered.now().get(("host", TEACHER), 0) == (0 if held is None else held.num_bytes)
     assert moments["teach"][HIDDEN].num_bytes == sum(ids_BT.numel() for ids_BT in BATCHES) * 32 * 4

@@ -12,15 +12,22 @@ import torch
 from pcscale.common.allocator import release_freed
 from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
 from pcscale.common.topology import ONE_PROCESS
-from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
+from pcscale.config.schema import DistillConfig
 from pcscale.memory.process import anonymous_bytes
-from pcscale.training.teacher import CachedTeacher, find_taught
-from pcscale.training.teacher_cache import OPEN_SHARDS, Place, TeacherCache, TeacherManifest, shard_name, write_shard
+from pcscale.training.teacher import CachedTeacher, open_cached_teacher
+from pcscale.training.teacher_cache import (
+    OPEN_SHARDS,
+    SequenceAddress,
+    TeacherCache,
+    TeacherManifest,
+    shard_name,
+    write_shard,
+)
 from tests.memory.touched import SIZE, SLACK
 
 
 def build_cache(folder: Path, shards: list[torch.Tensor]) -> TeacherCache:
-    """A folder with a shard for each of some sequences `[N, T]`; said are their own ids and the next higher ones."""
+    """A folder with a shard for each of some sequences `[N, T]`; targets are their own ids and the next higher ones."""
     written = {}
     for number, ids_NT in enumerate(shards):
         top_NTk = ids_NT[:, :, None] + torch.arange(2)
@@ -46,14 +53,14 @@ def test_a_folder_may_have_more_shards_than_a_process_may_have_files_open(tmp_pa
     ids_NT = torch.arange(4 * OPEN_SHARDS)[:, None] + torch.arange(3)
     cache = build_cache(tmp_path, list(ids_NT.split(1)))
     teacher = CachedTeacher(cache, DistillConfig(top_k=2), ids_NT, more="", check=True)
-    ((top_BTk, log_p_BTk),) = teacher.says([ids_NT])
+    ((top_BTk, log_p_BTk),) = teacher.targets([ids_NT])
     expected = ids_NT[:, :, None] + torch.arange(2)
     assert torch.equal(top_BTk, expected.int())
     assert torch.equal(log_p_BTk, -expected.float())
 
 
 @pytest.mark.parametrize("count", [2**12, 2**13 - 1, 10_000, 12_000])
-def test_a_place_takes_what_is_predicted_also_while_it_is_looked_for(count: int, tmp_path: Path) -> None:
+def test_an_address_takes_what_is_predicted_also_while_it_is_looked_for(count: int, tmp_path: Path) -> None:
     ids_NT = torch.arange(count)[:, None]
     cache = build_cache(tmp_path, list(ids_NT.split(2**12)))
     gc.collect()
@@ -70,18 +77,17 @@ class Watched(TeacherCache):
 
     held = 0
 
-    def places(self) -> Iterator[tuple[bytes, Place]]:
+    def addresses(self) -> Iterator[tuple[bytes, SequenceAddress]]:
         self.held = anonymous_bytes()
-        return super().places()
+        return super().addresses()
 
 
 def test_the_text_is_not_copied_to_be_found(tmp_path: Path) -> None:
     train_NT = torch.ones(2**10, SIZE // 2**12, dtype=torch.int32)
     cache = Watched(tmp_path, build_cache(tmp_path, [train_NT[:1]]).manifest)
     distill = DistillConfig(top_k=2, cache=str(tmp_path))
-    data = DataConfig(train=["-"])
-    config = RunConfig(base="-", output="-", data=data, distill=distill, max_steps=2**10)
+    seen = torch.arange(len(train_NT))
     release_freed()
     before = anonymous_bytes()
-    find_taught(cache, config, train_NT, ONE_PROCESS, tmp_path / "run.yaml")
+    open_cached_teacher(cache, distill, train_NT, seen, "", ONE_PROCESS)
     assert cache.held - before < SLACK

@@ -1,0 +1,302 @@
+"""The settings that fit a budget and cost least, and, where none fit, what would. Needs no torch.
+
+Every combination of `KNOBS` is a candidate. None of them changes what a step sees: sequences a step and all that
+belongs to the model stay. A candidate's cost is what one rank's step computes and moves (memory/work.py): FLOPs, with
+those that are recomputed, and bytes over each link at the worth of a byte there (`Worth`). Of candidates that fit and
+cost about the same the most exact one is chosen. No time is predicted for this: machines differ too much.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from types import MappingProxyType
+from typing import Any
+
+from pcscale.common.errors import BudgetError, RequestError
+from pcscale.common.units import format_bytes, parse_bytes
+from pcscale.config.schema import PlanConfig
+from pcscale.memory.deployment import Deployment, ModelSplit
+from pcscale.memory.predict import Prediction
+from pcscale.memory.shared import KNOBS
+from pcscale.memory.speed import TOTAL, Speed, step_seconds
+from pcscale.memory.work import Work
+
+RESOURCES = {"device": "device memory", "host": "host memory", "disk": "disk"}
+SAME_COST = 1.02
+"""Settings whose steps cost this much more at most count as equally good; the more exact ones are taken."""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """FLOPs of the compressed model in whose time one byte crosses a link.
+
+    Attributes:
+        bus: between host and device; without a GPU from memory to memory.
+        disk: of one NVMe drive.
+        ranks: between ranks.
+        float32: times that an operation in float32 counts, where bfloat16 has units of its own.
+    """
+
+    bus: int
+    disk: int
+    ranks: int
+    float32: int
+
+
+ON_GPU = Worth(bus=5_000, disk=30_000, ranks=5_000, float32=4)
+"""Worths beside a GPU that trains at some 120 TFLOP/s in bfloat16: PCIe moves 25 GB/s, for ranks as well, a drive 4
+GB/s. Faster GPUs come with faster links; float32 runs at a half (TF32 products of the sweep) to a fifteenth of that."""
+ON_HOST = Worth(bus=20, disk=100, ranks=250, float32=1)
+"""Worths on processors that train at some 0.2 TFLOP/s: memory copies 10 GB/s, a drive 2 GB/s, gloo 0.8 GB/s."""
+_STATES = ({"record_dtype": "float32", "moments": "32bit"}, {"record_dtype": "bfloat16", "moments": "8bit"})
+_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed"}
+"""Knobs that are chosen even where they were given: how a step's sequences, whose number stays, are shared out."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory, disk and devices that there are. Units: bytes; None: no limit.
+
+    Attributes:
+        device: of each GPU; None: there is no GPU.
+        host: of one host, which all GPUs share.
+    """
+
+    device: int | None = None
+    host: int | None = None
+    disk: int | None = None
+    gpus: int = 1
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The stated limits by resource."""
+        stated = {"device": self.device, "host": self.host, "disk": self.disk}
+        return {name: limit for name, limit in stated.items() if limit is not None}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings on a deployment, with what they need and cost, each computed when it is first asked for."""
+
+    prediction: Prediction
+
+    @property
+    def config(self) -> PlanConfig:
+        return self.prediction.config
+
+    @cached_property
+    def needs(self) -> dict[str, int]:
+        """Bytes by resource: of each device, of the host with all ranks, of the disk."""
+        return self.prediction.needs
+
+    @cached_property
+    def cost(self) -> float:
+        """The step's FLOPs, and its bytes at their worth. Units: FLOPs."""
+        work = self.prediction.work
+        worth = ON_GPU if self.prediction.deployment.on_gpu else ON_HOST
+        flops = (work.train_flops + work.sweep_flops) * (1 if self.config.bf16 else worth.float32)
+        bus, disk, ranks = link_bytes(work)
+        return flops + worth.bus * bus + worth.disk * disk + worth.ranks * ranks
+
+    def fits(self, budget: Budget) -> bool:
+        return not self.over(budget)
+
+    def over(self, budget: Budget) -> list[str]:
+        """The resources that there is too little of."""
+        return [name for name, limit in budget.limits.items() if self.needs[name] > limit]
+
+
+def link_bytes(work: Work) -> tuple[float, float, float]:
+    """Bytes of a step over the bus, to and from the disk, and between ranks."""
+    return (
+        work.bus_bytes + work.gradient_bytes,
+        work.disk_read_bytes + work.disk_written_bytes,
+        work.rank_bytes,
+    )
+
+
+def choose(
+    prediction: Prediction, budget: Budget, forms: Mapping[str, ModelSplit], given: Collection[str] = ()
+) -> Choice:
+    """The settings that fit and cost least; of those that cost about the same the most exact.
+
+    Args:
+        prediction: of the plan and of settings whose other keys than `KNOBS` stay as they are.
+        forms: what DeepSpeed's files make of the model, by the name that run.yaml gives them, cheapest in traffic
+            first: the choice for several GPUs.
+        given: knobs that stay as well, but for how a step's sequences are cut into micro batches.
+
+    Raises:
+        RequestError: the GPUs cannot share a step's sequences evenly.
+        BudgetError: nothing fits; the message names the least of each resource that would do.
+    """
+    config = prediction.config
+    if config.sequences_per_step % budget.gpus:
+        raise RequestError(
+            f"{config.sequences_per_step} sequences a step cannot be shared by {budget.gpus} GPUs: set "
+            "gradient_accumulation_steps so that they can."
+        )
+    found = list(candidates(prediction, budget, forms, given))
+    choice = cheapest_fitting(found, budget)
+    if choice is None:
+        raise BudgetError(_explain_refusal(found, config, budget, given))
+    return choice
+
+
+def cheapest_fitting(found: list[Choice], budget: Budget) -> Choice | None:
+    """The first candidate that fits and costs about the least of those that fit; None: none fits.
+
+    Args:
+        found: most exact first.
+    """
+    by_cost = sorted(found, key=lambda choice: choice.cost)
+    # Memory is predicted for the cheap ones alone, until one fits.
+    cheapest = next((choice for choice in by_cost if choice.fits(budget)), None)
+    if cheapest is None:
+        return None
+    return next(choice for choice in found if choice.cost <= SAME_COST * cheapest.cost and choice.fits(budget))
+
+
+def candidates(
+    prediction: Prediction,
+    budget: Budget,
+    forms: Mapping[str, ModelSplit] = MappingProxyType({}),
+    given: Collection[str] = (),
+) -> Iterator[Choice]:
+    """Every combination of knobs with the given ones as they are, the most exact first."""
+    splits = {None: None} if budget.gpus == 1 else forms
+    # Predictions for one deployment share what does not depend on the knobs that they differ in.
+    bases = {
+        name: replace(prediction, deployment=Deployment(budget.device is not None, budget.gpus, zero=split), memo={})
+        for name, split in splits.items()
+    }
+    axes = [*_axes(prediction.config, budget), [{"deepspeed": name} for name in bases]]
+    batches = _batches(prediction.config, budget)
+    kept = _kept(prediction.config, given)
+    for options in product(*(_without_repeats(axis, kept) for axis in axes), batches):
+        knobs = {key: value for option in options for key, value in option.items()}
+        varied = bases[knobs["deepspeed"]].varied(**knobs)
+        if _keeps_cap(varied):
+            yield Choice(varied)
+
+
+def _axes(config: PlanConfig, budget: Budget) -> Iterator[list[dict[str, Any]]]:
+    """The values of each knob, or of two that go together, the most exact first."""
+    on_gpu = budget.device is not None
+    # A GPU computes in bfloat16 several times as fast; a processor gains nothing.
+    yield _values("bf16", *([config.bf16] if config.bf16 or not on_gpu else [False, True]))
+    if config.method == "projected":
+        yield _values("base_precision", *(["stored", "int8"] if config.base_precision == "stored" else ["int8"]))
+        yield [state for state in _STATES if _allowed(config, state)]
+        yield _values("residency", *(["device", "cpu", "disk"] if on_gpu else ["cpu", "disk"]))
+        yield _values("base_home", *(["disk", "cpu", "device"] if on_gpu else ["disk", "cpu"]))
+    yield _values("gradient_home", *(["device", "cpu"] if budget.gpus == 1 and on_gpu else ["device"]))
+    yield _values("gradient_checkpointing", False, True)
+
+
+def _values(knob: str, *values: Any) -> list[dict[str, Any]]:
+    return [{knob: value} for value in values]
+
+
+def _without_repeats(axis: list[dict[str, Any]], kept: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options of an axis with the knobs in them that are kept, each once."""
+    options = [{key: kept.get(key, value) for key, value in option.items()} for option in axis]
+    return [option for position, option in enumerate(options) if option not in options[:position]]
+
+
+def _kept(config: PlanConfig, given: Collection[str]) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in KNOBS if key in given and key not in _OF_A_STEP}
+
+
+def _keeps_cap(prediction: Prediction) -> bool:
+    """Whether records keep `pinned_memory`, as projection/residency.py asks."""
+    config, owned = prediction.config, prediction.owned
+    if config.pinned_memory is None or config.residency == "device":
+        return True
+    return (owned.records if config.residency == "cpu" else owned.largest) <= parse_bytes(config.pinned_memory)
+
+
+def _allowed(config: PlanConfig, state: Mapping[str, str]) -> bool:
+    """Whether records in this format are no more exact than those that were asked for."""
+    return not (config.record_dtype == "bfloat16" and state["record_dtype"] == "float32") and not (
+        config.moments == "8bit" and state["moments"] == "32bit"
+    )
+
+
+def _batches(config: PlanConfig, budget: Budget) -> list[dict[str, Any]]:
+    """Ways to cut a step's sequences into micro batches, the largest first."""
+    each = config.sequences_per_step // budget.gpus
+    sizes = [size for size in range(each, 0, -1) if each % size == 0]
+    return [{"per_device_train_batch_size": size, "gradient_accumulation_steps": each // size} for size in sizes]
+
+
+def _explain_refusal(found: list[Choice], config: PlanConfig, budget: Budget, given: Collection[str]) -> str:
+    """Why nothing fits: the least of each resource at all, and the one change that would help most."""
+    if not found:
+        return f"pinned_memory {config.pinned_memory} is too small for records in host memory and in files. Give more."
+    limits = budget.limits
+    least = ", ".join(f"{RESOURCES[name]} {format_bytes(min(c.needs[name] for c in found))}" for name in limits)
+    # What each resource must be where the others stay as they are.
+    alone = {
+        name: min((c.needs[name] for c in found if set(c.over(budget)) <= {name}), default=None) for name in limits
+    }
+    possible = {name: needed for name, needed in alone.items() if needed is not None}
+    stated = ", ".join(f"{RESOURCES[name]} {format_bytes(limit)}" for name, limit in limits.items())
+    kept = "".join(f", with {key}: {_word(value)}" for key, value in _kept(config, given).items())
+    message = f"nothing fits {stated}{kept}. The least that any settings need of each: {least}. "
+    if not possible:
+        return message + "More than one of them is too small; a smaller keep or sequence_length needs less."
+    name = min(possible, key=lambda name: possible[name] / limits[name])
+    return message + f"It would fit with {RESOURCES[name]} {format_bytes(possible[name])} ({possible[name]} bytes)."
+
+
+def reasons(choice: Choice, default: PlanConfig, budget: Budget, speed: Speed | None = None) -> dict[str, str]:
+    """Why each setting is not what it would have been: what the other one would take.
+
+    Args:
+        speed: of a machine that was measured, whose seconds are said beside.
+    """
+    found = {}
+    for key in KNOBS:
+        other = getattr(default, key)
+        if getattr(choice.config, key) == other or key in ("gradient_accumulation_steps", "deepspeed"):
+            continue
+        changes = {key: other}
+        if key == "per_device_train_batch_size":
+            each = choice.config.sequences_per_step
+            if each % other:
+                continue
+            changes["gradient_accumulation_steps"] = each // other
+        instead = Choice(choice.prediction.varied(**changes))
+        over = instead.over(budget)
+        if over:
+            taken, limit = format_bytes(instead.needs[over[0]]), format_bytes(budget.limits[over[0]])
+            found[key] = f"{_word(other)} would take {taken} of {limit} {RESOURCES[over[0]]}"
+        else:
+            found[key] = f"{_word(other)} fits too, and {_compared(instead, choice, speed)}"
+    return found
+
+
+def _compared(instead: Choice, choice: Choice, speed: Speed | None) -> str:
+    """What other settings compute and move that the chosen ones do not."""
+    ours, others = choice.prediction.work, instead.prediction.work
+    flops = (others.train_flops + others.sweep_flops) / (ours.train_flops + ours.sweep_flops)
+    bus = "over the bus" if choice.prediction.deployment.on_gpu else "within memory"
+    links = (bus, "to and from the disk", "between ranks")
+    moved = [
+        f"{format_bytes(other - own)} more {where}"
+        for where, own, other in zip(links, link_bytes(ours), link_bytes(others), strict=True)
+        if other > own
+    ]
+    parts = ["computes in float32"] if choice.config.bf16 and not instead.config.bf16 else []
+    parts += [f"computes {flops:.2f} × the FLOPs"] if flops >= SAME_COST else []
+    parts += [f"moves {' and '.join(moved)} a step"] if moved else []
+    seconds = [step_seconds(one.prediction, speed) if speed else None for one in (instead, choice)]
+    if seconds[0] and seconds[1]:
+        parts.append(f"takes {seconds[0][TOTAL] / seconds[1][TOTAL]:.2f} × the time on this machine")
+    return ", ".join(parts) or "costs about the same"
+
+
+def _word(value: Any) -> str:
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,272 @@
+"""The prediction of a run: bytes by component, phase and stage, bytes moved and written, from configs alone.
+
+Needs no torch. The parts of memory are in memory/stages.py, the time of a step in memory/speed.py.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from pcscale.common import ledger
+from pcscale.common.sizes import CACHED_PROBABILITY_BYTES, HIDDEN_BUDGET_BYTES, token_bytes
+from pcscale.families.axes import RESIDUAL, VOCAB
+from pcscale.memory import working
+from pcscale.memory.deployment import FLOAT_BYTES, Parts, total
+from pcscale.memory.shared import KNOBS, shared
+from pcscale.memory.stages import WORKING_PARTS, Stages
+from pcscale.memory.work import Work
+from pcscale.projection.layout import trainable_values
+
+PHASES = ("calibrate", "train", "merge", "evaluate")
+TRAIN = "train"
+PUBLISHED_BYTES = 16
+"""A trainable value in the published form: a float32 value, its gradient and two moments."""
+
+
+def totals(parts: Parts) -> dict[str, int]:
+    """`{device_bytes, host_bytes}`, pinned memory counted as the host's."""
+    held = parts.values()
+    return {"device_bytes": total(held, "device"), "host_bytes": total(held, "host", "pinned")}
+
+
+@dataclass(frozen=True)
+class Prediction(Stages):
+    """Everything that can be said of a run before it starts, from its plan, its settings and its deployment."""
+
+    def varied(self, **knobs: Any) -> "Prediction":
+        """The prediction with other values of some `KNOBS`; it shares what does not depend on them."""
+        assert knobs.keys() <= set(KNOBS), knobs
+        return replace(self, config=self.config.model_copy(update=knobs))
+
+    @cached_property
+    def phases(self) -> dict[str, Parts]:
+        """What each phase holds at its peak."""
+        first = "device_bytes" if self.deployment.on_gpu else "host_bytes"
+        return {
+            "calibrate": self.calibrate,
+            TRAIN: max(self.training.values(), key=lambda parts: totals(parts)[first]),
+            "merge": self.merge,
+            "evaluate": self.evaluate,
+        }
+
+    @cached_property
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """`{phase: {device_bytes, host_bytes, disk_bytes}}` of one rank; the disk's are of all ranks together.
+
+        The device's and the host's peak may be in different stages.
+        """
+        found = {"calibrate": totals(self.calibrate), "merge": totals(self.merge), "evaluate": totals(self.evaluate)}
+        stages = [totals(parts) for parts in self.training.values()]
+        found[TRAIN] = {key: max(stage[key] for stage in stages) for key in ("device_bytes", "host_bytes")}
+        return {phase: {**found[phase], "disk_bytes": sum(self.disk[phase].values())} for phase in PHASES}
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """Peaks over all phases: `device` of each, `host` with all its ranks, `disk`. Units: bytes."""
+        peaks = self.peaks.values()
+        return {
+            "device": max(peak["device_bytes"] for peak in peaks),
+            "host": max(peak["host_bytes"] for peak in peaks) * self.deployment.sharing,
+            "disk": max(peak["disk_bytes"] for peak in peaks),
+        }
+
+    @property
+    def _records_in_files(self) -> bool:
+        return self.config.residency == "disk" and self.projects
+
+    @shared("base_precision", "record_dtype", "moments", "residency")
+    def disk(self) -> dict[str, dict[str, int]]:
+        """What lies in the run folder at most, by phase. Units: bytes."""
+        config, in_files = self.config, self._records_in_files
+        coded = {"8-bit base": self.base_bytes * (config.base_precision == "int8")}
+        one = self.checkpoint_bytes
+        rebuilt = 2 * self.plan.num_layers * self.rebuilt_values
+        kept = {**coded, "checkpoints": one * config.keep_checkpoints, "merged model": self.merged_bytes}
+        return {
+            "calibrate": {"rebuilt channels": rebuilt},
+            TRAIN: {
+                **coded,
+                "rebuilt channels": rebuilt,
+                "records and moments": self.record_bytes[0] * in_files,
+                "spare files": self.record_bytes[1] * in_files,
+                "checkpoints": one * (config.keep_checkpoints + 1),
+            },
+            "merge": kept,
+            "evaluate": kept,
+        }
+
+    @property
+    def merged_bytes(self) -> int:
+        """The finished model, in the base's dtype."""
+        return self.plan.parameters * self.stored_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Disk that one checkpoint takes: every trainable value with its moments.
+
+        With residency disk it shares its files with the records until they are written anew.
+        """
+        direct = 3 * self.direct_values * FLOAT_BYTES
+        return direct + (self.record_bytes[0] + self.basis_bytes) * self.projects
+
+    @cached_property
+    def moved(self) -> dict[str, int]:
+        """The least that a step can move, over all ranks: each base weight once, each record in and out once.
+
+        With a teacher also what it reads: every rank the base's weights for its own tokens, or their part of a cache.
+        """
+        config = self.config
+        teacher = {"teacher": self._taught_bytes * self.deployment.ranks} if config.distill is not None else {}
+        records = self.record_bytes[0] if self.projects and config.residency != "device" else 0
+        base = self.base_bytes if self.projects and config.base_home != "device" else 0
+        return {"base": base, "records_read": records, "records_written": records, **teacher}
+
+    @property
+    def _taught_bytes(self) -> int:
+        """Bytes that one rank reads in a step to be taught: the base's weights once a pass, or its tokens of a
+        cache."""
+        config, sizes = self.config, self.plan.base_sizes
+        assert config.distill is not None
+        top_k = config.distill.top_k
+        if config.distill.cache is not None and top_k is not None:
+            return config.tokens_per_step * top_k * (CACHED_PROBABILITY_BYTES + token_bytes(sizes[VOCAB]))
+        waiting = working.micro_batch_tokens(config) * sizes[RESIDUAL] * self.product_bytes
+        passes = -(-config.gradient_accumulation_steps // max(1, HIDDEN_BUDGET_BYTES // waiting))
+        # Of the embedding only rows are looked up; where the whole distribution counts, the head stays on the device.
+        left_out = (not self.plan.tied) + (top_k is None)
+        values = self.plan.base_parameters - left_out * sizes[VOCAB] * sizes[RESIDUAL]
+        return passes * values * self.stored_bytes
+
+    @property
+    def written_bytes_per_step(self) -> int:
+        """Bytes that a step writes to files, a checkpoint's share with them: the wear of the disk."""
+        # Where records are files, a checkpoint links them.
+        if self._records_in_files:
+            return self.moved["records_written"]
+        return self.checkpoint_bytes // self.config.save_steps
+
+    @property
+    def communicated_bytes_per_step(self) -> int:
+        """Payload of one rank's collectives: gradients reduced and weights sent once at stage 0, twice at stages 1 to
+        3."""
+        deployment = self.deployment
+        if deployment.ranks == 1:
+            return 0
+        once = self.plan.parameters * (FLOAT_BYTES + self.weight_bytes)
+        return once * (2 if deployment.zero is not None and deployment.zero.stage > 0 else 1)
+
+    @property
+    def work(self) -> Work:
+        """What one rank's step computes and moves."""
+        config, deployment, moved = self.config, self.deployment, self.moved
+        ranks, on_gpu, zero = deployment.ranks, deployment.on_gpu, deployment.zero
+        plan, again = self.plan, config.gradient_accumulation_steps - 1
+        records = moved["records_read"] + moved["records_written"]
+        teacher = moved.get("teacher", 0)
+        # On the host alone a base in memory, or mapped, is worked on where it is; so is a record's buffer of a file.
+        over_bus = moved["base"] + records + teacher if on_gpu else records * (config.residency == "cpu")
+        gradient_bytes = plan.parameters * (2 if config.gradient_dtype == "bfloat16" else FLOAT_BYTES)
+        passing = gradient_bytes * (again + 2) * (config.gradient_home == "cpu")
+        sent = self.communicated_bytes_per_step + moved["base"] * (ranks - 1) / ranks * (config.base_home == "zero")
+        if zero is not None:
+            passing += zero.moved_bytes(plan.parameters, self.weight_bytes, ranks, again + 1)
+            # Each further micro batch reduces again from stage 2 on, and gathers the weights again at stage 3.
+            weights = plan.parameters * self.weight_bytes
+            sent += again * (gradient_bytes * (zero.stage >= 2) + weights * (zero.stage == 3)) * (ranks > 1)
+        updates = Counter({f"{config.record_dtype}/{config.moments}": self.record_values // ranks})
+        updates["float32/32bit"] += self.direct_values
+        return Work(
+            train_flops=self.train_flops,
+            sweep_flops=sum(self.sweep_flops) / ranks,
+            updates=dict(updates),
+            bus_bytes=over_bus / ranks,
+            gradient_bytes=passing * on_gpu,
+            disk_read_bytes=moved["base"] * (config.base_home == "disk")
+            + moved["records_read"] * self._records_in_files
+            + teacher,
+            disk_written_bytes=moved["records_written"] * self._records_in_files,
+            rank_bytes=sent,
+        )
+
+    @property
+    def alternatives(self) -> dict[str, dict[str, Any]]:
+        """Device and host memory that training takes, beside that of the published form and of hard pruning."""
+        plan, backward = self.plan, self.training["backward"]
+        names = (ledger.LIBRARIES, ledger.CONTEXT, *WORKING_PARTS)
+        same = sum(backward[name].num_bytes for name in names if name in backward)
+        values = sum(trainable_values(planned) for planned in plan.weights)
+        base = plan.base_parameters * self.stored_bytes
+        composed = 2 * FLOAT_BYTES * self.matrix_values
+        own = max(sum(totals(parts).values()) for parts in self.training.values())
+        return {
+            "published form": {
+                "bytes": base + PUBLISHED_BYTES * values + composed + same,
+                "of": "the base, 16 bytes a trainable value, the composed weights with their gradients, "
+                "and activations",
+            },
+            "hard pruning": {
+                "bytes": PUBLISHED_BYTES * plan.parameters + same,
+                "of": "16 bytes a parameter of the compressed model, and activations",
+            },
+            "this run": {
+                "bytes": own * self.deployment.ranks,
+                "of": "all that training holds on devices and hosts, libraries too",
+            },
+        }
+
+    def document(self, base_name: str, step_seconds: dict[str, float] | None = None) -> dict[str, Any]:
+        """plan.json, and what `pcscale plan --json` prints.
+
+        Args:
+            step_seconds: seconds of a step on a machine that was measured (memory/speed.py); None: it was not.
+        """
+        plan, config = self.plan, self.config
+        largest = {
+            name: max((parts[name] for parts in self.training.values() if name in parts), key=lambda p: p.num_bytes)
+            for name in dict.fromkeys(name for parts in self.training.values() for name in parts)
+        }
+        compose, pull_back = self.sweep_flops
+        return {
+            "base": {
+                "name": base_name,
+                "family": plan.family.name,
+                "parameters": plan.base_parameters,
+                "tied": plan.tied,
+            },
+            "compressed": {
+                "hidden_size": plan.hidden_size,
+                "intermediate_size": plan.intermediate_size,
+                "parameters": plan.parameters,
+                "keep_fraction": plan.keep_fraction,
+            },
+            "trainable": {
+                "parameters": self.record_values + self.direct_values,
+                "bytes": self.checkpoint_bytes,
+            },
+            "flops": {
+                "compose_per_step": compose,
+                "pull_back_per_step": pull_back,
+                "train_per_token": plan.train_flops_per_token(config.sequence_length),
+            },
+            "moved": self.moved,
+            "written_bytes_per_step": self.written_bytes_per_step,
+            "communicated_bytes_per_step": self.communicated_bytes_per_step,
+            "step_seconds": step_seconds,
+            "memory": _document(largest),
+            "peak": self.peaks,
+            "phases": {
+                phase: {
+                    "components": _document(parts),
+                    "stages": {name: _document(held) for name, held in self.training.items()} if phase == TRAIN else {},
+                }
+                for phase, parts in self.phases.items()
+            },
+            "disk": self.disk,
+            "alternatives": self.alternatives,
+            "ranks": self.deployment.ranks,
+        }
+
+
+def _document(parts: Parts) -> dict[str, dict[str, Any]]:
+    return {name: {"home": part.placement, "bytes": part.num_bytes} for name, part in parts.items()}
