@@ -117,7 +117,7 @@ def _large(folder: Path) -> list[Row]:
     base = folder / "llama-70b-config"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(LLAMA_70B))
-    budget = ["--device-memory", "80GB", "--host-memory", "256GiB", "--disk", "4TB", "--hardware", "h100-80gb"]
+    budget = ["--device-memory", "80GB", "--host-memory", "256GiB", "--disk", "4TB"]
     command = [
         sys.executable,
         "-m",

@@ -4,7 +4,7 @@ Llama-3.2-1B's shape with random weights, two steps of 512 tokens. Each run is a
 peak is the anonymous memory of the first rank over all phases. Working memory is what is not entered where it is born:
 activations, logits, temporaries, and what the C library's allocator keeps. A finished run is kept in the scratch folder
 and not run again; predictions are made anew. `PCSCALE_MINUTES` says after how many minutes no further run is begun.
-What libraries take and what allocators keep (memory/components.py) was fitted to the SmolLM2 runs; the 1B shape was
+What libraries take and what allocators keep (memory/stages.py) was fitted to the SmolLM2 runs; the 1B shape was
 left out of that."""
 
 import json
@@ -26,12 +26,13 @@ from pcscale.common.cache import cache_folder
 from pcscale.common.files import read_json, write_json, write_text
 from pcscale.common.units import format_bytes
 from pcscale.config.load import check_values
+from pcscale.distributed.zero_form import ZeroForm
 from pcscale.families.hf_config import read_config
 from pcscale.families.registry import family_of
 from pcscale.families.widths import make_plan
 from pcscale.jobs.demo import fetch_smollm2, python_topics
-from pcscale.memory.estimate import plan_document
-from pcscale.memory.place import Place, ZeroForm
+from pcscale.memory.deployment import Deployment
+from pcscale.memory.predict import Prediction
 from pcscale.reporting.side_by_side import components
 from pcscale.storage.hashing import fingerprint
 
@@ -55,7 +56,7 @@ SHORT = {
     "save_steps": 2,
     "keep_checkpoints": 1,
 }
-OFFLOADED = "deepspeed_configs/zero3_offload_cpu.json"
+OFFLOADED = "zero3_offload_cpu"
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "device, float32": (0, {}),
     "device, float32, checkpointed": (0, CHECKPOINTED),
@@ -76,7 +77,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "hard pruning": (0, {"method": "hard_prune", "aux_learning_rate": None}),
-    "two ranks, zero1, cpu, float32": (2, {"residency": "cpu", "deepspeed": "deepspeed_configs/zero1.json"}),
+    "two ranks, zero1, cpu, float32": (2, {"residency": "cpu", "deepspeed": "zero1"}),
     "two ranks, zero3 offloaded, disk, 4-byte state, checkpointed": (
         2,
         {"residency": "disk", **SMALL, **CHECKPOINTED, "deepspeed": OFFLOADED},
@@ -135,8 +136,8 @@ def _predicted_anew(report: dict[str, Any], ranks: int, values: dict[str, Any]) 
     config = check_values({**values, "output": "run"}, "memory-plan")
     base_config = read_config(Path(config.base))
     plan = make_plan(family_of(base_config, config.base), base_config, config)
-    zero = ZeroForm.read(read_json(REPOSITORY / config.deepspeed)["zero_optimization"]) if config.deepspeed else None
-    document = plan_document(plan, config, config.base, Place(False, ranks or 1, zero=zero))
+    zero = ZeroForm.of_file(config.deepspeed) if config.deepspeed else None
+    document = Prediction(plan, config, Deployment(False, ranks or 1, zero=zero)).document(config.base)
     measured = report["phases"]["train"]["components"]
     report["phases"]["train"]["components"] = components(
         document["phases"]["train"]["components"],

@@ -69,7 +69,7 @@ def _measure(folder: Path, base: MappedBase, plan: Plan, kept: KeptIndices) -> l
     ]
     ratios: dict[str, float] = {}
     for label, state, frozen, target in arms:
-        console.say(label)
+        console.info(label)
         optimizer = _optimizer(plan, base, frozen, kept, state)
         sweep, products = _alternate(_sweep_of(optimizer), lambda: _products(plan))
         traffic = optimizer.records.traffic
@@ -103,7 +103,7 @@ def _measure(folder: Path, base: MappedBase, plan: Plan, kept: KeptIndices) -> l
     for label, *_ in arms[3:7]:
         added = ratios[label] - ratios[first]
         rows.append((f"{label}: added to float32 state, in units of the products", f"{added:+.2f}", ""))
-    console.say("published form")
+    console.info("published form")
     optimizer = _optimizer(plan, base, base, kept, fp32)
     published = _published_step(plan, base, kept)
     sweep, two_visits = _alternate(_sweep_of(optimizer), published)

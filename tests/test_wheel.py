@@ -103,8 +103,6 @@ def test_a_whole_job_runs_with_it(program: Program, world: World, folder: Path) 
     )
     run = folder / "run"
     yaml = write_yaml(folder / "run.yaml", run_values(world, run, max_steps=2))
-    named = program("pcscale", "compress", yaml, "deepspeed=zero3_offload_cpu", "--dry-run", "--json", "--quiet")
-    assert json.loads(named)["compressed"]["parameters"] > 0
     report = json.loads(program("pcscale", "compress", yaml, "--json", "--quiet"))
     assert report["evaluation"]["compressed"]["loss"] > 0
     assert (run / "merged" / "model.safetensors").exists()

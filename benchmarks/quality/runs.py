@@ -109,7 +109,7 @@ def run_jobs(scratch: Path, wanted: Callable[[], Iterable[Job]], ends: float) ->
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 job, error = running.pop(done), done.exception()
                 result = None if error else kept_result(job)
-                console.say(f"{job.name} {job.rates}: {f'{result.last:.4f}' if result else f'failed: {error}'}")
+                console.info(f"{job.name} {job.rates}: {f'{result.last:.4f}' if result else f'failed: {error}'}")
 
 
 def _name(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""Calibration: activation scores and second moments, in layer-major passes over the mapped base.
+"""Calibration: scores and second moments of activations, in layer-major passes over the mapped base.
 
 Legend: N tokens, H residual size, F ffn size.
 """
@@ -31,17 +31,17 @@ def activation_scores(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Scores:
-    """Scores from activations, and the residual stream's second moments.
+    """Channel scores from activations, and the residual stream's second moments.
 
     Residual channels are scored by the outputs of every norm over the residual stream, all layers together; ffn
-    channels per layer by what enters the matrix that reads them. `activation` sums absolute values, as published;
-    `energy` sums squares, of an ffn channel times the square of the norm of the column that it enters.
+    channels per layer by the inputs of the matrix that reads them. `activation` sums absolute values, as published;
+    `energy` sums squares, for an ffn channel times the squared norm of the column that reads it.
 
     Returns:
-        Beside the scores `SECOND_MOMENT`, and the `energy_name` of each norm (calibration/statistics.py).
+        The scores, `SECOND_MOMENT`, and the `energy_name` of each norm (calibration/statistics.py).
 
-    Source: method as published by Stefaniak et al., arXiv:2506.22255 (activation sums over about 8 M tokens); `energy`
-    is the diagonal of what Wanda scores weights by, Sun et al., arXiv:2306.11695, summed over a column.
+    Source: Stefaniak et al., arXiv:2506.22255 (activation sums over about 8 M tokens); `energy` sums Wanda's squared
+    weight scores over a column, Sun et al., arXiv:2306.11695.
     """
     scores: Scores = {name: torch.zeros(size, device=device) for name, size, _ in plan.kept_axes()}
     hidden_size = base.config["hidden_size"]
@@ -74,7 +74,7 @@ def activation_scores(
         hook = watch_ffn(kept_name(FFN, weight.layer))
         model.module(weight.module).register_forward_pre_hook(hook)
     for _ in model.hidden_states(batches, "calibrate"):
-        pass  # The hooks have seen all there is to see.
+        pass  # The hooks see it all.
     tokens = sum(batch.numel() for batch in batches)
     return {
         **{name: score.cpu() for name, score in scores.items()},
@@ -84,7 +84,7 @@ def activation_scores(
 
 
 def _ffn_readers(base: MappedBase) -> list[Weight]:
-    """The matrices that read ffn channels, one a layer."""
+    """The matrices that read ffn channels: one in each layer."""
     return [weight for weight in base.weights if weight.kind is Kind.LINEAR and weight.axes[1] == FFN]
 
 
@@ -97,13 +97,13 @@ def write_rebuilt(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Solve for what kept ffn channels say of the dropped ones, layer by layer, into a file for `read_rebuilt`.
+    """Rebuild dropped ffn channels from kept ones by least squares, layer by layer, into a file for `read_rebuilt`.
 
-    The moments of a layer must be whole before the next one is read, so batches past what the host holds the hidden
-    states of at a time are left out.
+    The second moments of a layer must be complete before the next layer is read. Only those batches count, therefore,
+    whose hidden states fit the host's budget together.
 
     Args:
-        path: the file to be; None: another rank writes it, and this one reads the base with it.
+        path: the file to write; None: another rank writes it, and this one takes part in reading the base.
 
     Memory: the second moments of one layer, `[F, F]` float32, and its solution in float64, on the device; the file is
     bfloat16.
@@ -142,7 +142,7 @@ def write_rebuilt(
 
 
 def read_rebuilt(path: Path) -> dict[str, torch.Tensor]:
-    """`[d, kept]` by set of kept indices; mapped."""
+    """The matrices `[d, kept]` that `write_rebuilt` wrote, by set of kept indices; mapped."""
     reader = TensorReader(read_header(path)[0])
     return {name: reader.tensor(name) for name in reader.entries}
 
@@ -156,7 +156,7 @@ def _square_sum(activation: torch.Tensor) -> torch.Tensor:
 
 
 _SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"activation": _absolute_sum, "energy": _square_sum}
-"""Over all tokens, by channel."""
+"""Sums over all tokens, by channel."""
 
 
 def collect_scores(
@@ -168,7 +168,7 @@ def collect_scores(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Scores:
-    """Scores of the named kind; `activation` and `energy` look at the token batches `[B, T]`."""
+    """Channel scores by the named measure; `activation` and `energy` run the base on the token batches `[B, T]`."""
     if importance == "magnitude":
         return magnitude_scores(plan, base.tensor)
     if importance == "random":
@@ -177,6 +177,7 @@ def collect_scores(
 
 
 def write_scores(path: Path, scores: Scores, importance: str, tokens: int) -> None:
+    """Write scores to a file for `read_scores`, with the measure and the number of tokens that they come from."""
     write_tensors(path, scores, {"importance": importance, "tokens": str(tokens)})
 
 

@@ -1,6 +1,6 @@
 """Importance scores that need no text: weight magnitude, and random ones to compare with.
 
-Scores are a float32 vector per set of kept indices: `residual` for the whole model, `ffn.<layer>` per layer.
+Scores are one float32 vector for each set of kept indices: `residual` for the whole model, `ffn.<layer>` for a layer.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ ReadTensor = Callable[[str], torch.Tensor]
 
 
 def magnitude_scores(plan: Plan, read: ReadTensor) -> Scores:
-    """The sum of absolute weights that touch a channel, over every matrix that has its axis."""
+    """Sums of the absolute weights that touch a channel, over every matrix that has its axis."""
     scores = {name: torch.zeros(size) for name, size, _ in plan.kept_axes()}
     for planned in plan.matrices:
         axes = planned.weight.axes

@@ -1,4 +1,4 @@
-"""Scores into kept indices."""
+"""The choice of kept indices by scores."""
 
 import torch
 
@@ -7,14 +7,14 @@ from pcscale.common.errors import RequestError
 from pcscale.families.plan import Plan
 
 KeptIndices = dict[str, torch.Tensor]
-"""Sorted int64 indices by name: `residual` for the whole model, `ffn.<layer>` per layer."""
+"""Sorted int64 indices by name: `residual` for the whole model, `ffn.<layer>` for a layer."""
 
 
 def select(plan: Plan, scores: Scores) -> KeptIndices:
     """The indices with the highest scores, in ascending order; of equal scores the lower index is kept.
 
     Raises:
-        RequestError: the scores are of another model.
+        RequestError: the scores come from another model.
     """
     kept: KeptIndices = {}
     for name, base_size, size in plan.kept_axes():

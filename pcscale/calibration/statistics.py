@@ -1,6 +1,6 @@
-"""What calibration leaves beside scores, by name, for starts that need more than kept indices.
+"""Statistics that calibration collects beside scores, for starts that need more than kept indices.
 
-Legend: H residual size; C channels of one axis; d dropped ones of it.
+Legend: H residual size; C channels of one axis; d dropped channels of it.
 """
 
 import torch
@@ -10,16 +10,16 @@ SECOND_MOMENT = "second_moment.residual"
 
 
 def energy_name(norm: str) -> str:
-    """`[H]` float32: the mean square of each channel of this norm's input over its root mean square."""
+    """The name of a norm's `[H]` float32: the mean square of each channel of its input over its root mean square."""
     return f"energy.{norm}"
 
 
 def rebuild(moment_CC: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
-    """What kept channels say of the dropped ones, by least squares: `C[d, kept] (C[kept, kept] + λ)⁻¹`.
+    """The matrix that rebuilds dropped channels from kept ones by least squares: `C[d, kept] (C[kept, kept] + λ)⁻¹`.
 
     Args:
         moment_CC: second moments of all channels.
-        kept: int64 indices.
+        kept: int64 indices of the kept channels.
         ridge: λ as a share of the mean of the diagonal.
 
     Returns:
@@ -27,13 +27,13 @@ def rebuild(moment_CC: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) ->
     """
     dropped = dropped_of(kept, len(moment_CC))
     within = moment_CC[kept][:, kept].double()
-    # Channels that are never active leave a ridge of nothing; their rebuilt ones are zero.
+    # Channels that are never active leave no ridge; the ones rebuilt from them are zero.
     within.diagonal().add_((ridge * moment_CC.diagonal().mean()).double().clamp_min(torch.finfo(torch.double).tiny))
     return torch.linalg.solve(within, moment_CC[kept][:, dropped].double()).T.float().contiguous()
 
 
 def dropped_of(kept: torch.Tensor, size: int) -> torch.Tensor:
-    """The indices that are not kept, in ascending order."""
+    """The indices below `size` that are not kept, in ascending order."""
     dropped = torch.ones(size, dtype=torch.bool, device=kept.device)
     dropped[kept] = False
     return dropped.nonzero()[:, 0]

@@ -58,8 +58,8 @@ def main(
 ) -> None:
     """Pick legal widths; count parameters and FLOPs; predict memory. Reads no weight, needs no GPU.
 
-    With a budget it chooses the settings that fit it and compute and move least, says why, and writes a run.yaml that
-    `compress` takes.
+    With a budget it chooses the settings that fit it and compute and move least, explains them, and writes a run.yaml
+    that `compress` takes.
     """
     from pcscale.common.units import parse_bytes
     from pcscale.distributed.zero_form import forms_to_choose
@@ -84,7 +84,7 @@ def main(
     choice = choose(prediction, budget, forms_to_choose(), config.model_fields_set)
     _write(write, choice.config, own)
     document = choice.prediction.document(base, speed and step_seconds(choice.prediction, speed))
-    why = reasons(choice, config, budget, speed)
+    why = reasons(choice, config, budget)
     chosen = {key: {"value": getattr(choice.config, key), "why": why.get(key, "")} for key in KNOBS}
     if json:
         print_json({**document, "chosen": chosen, "needs": choice.needs, "run_yaml": str(write)})
@@ -147,7 +147,7 @@ def _refuse_to_replace(path: Path) -> None:
 
 
 def _write(path: Path, config: "PlanConfig", own: dict[str, Any]) -> None:
-    """Write run.yaml; without a text of its own it says how to name one."""
+    """Write run.yaml; where it names no text, a comment shows how to."""
     import yaml
 
     from pcscale.common.files import write_text

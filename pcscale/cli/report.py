@@ -21,6 +21,7 @@ def main(
     """Write the run's report anew."""
     from pcscale.reporting.report import write_report
     from pcscale.reporting.table import memory_tables
+    from pcscale.run.folder import RunFolder
 
     report = write_report(run)
     if json:
@@ -29,4 +30,4 @@ def main(
     if memory:
         for title, table in memory_tables(report).items():
             print_table(title, *table)
-    print(run / "report.html")
+    print(RunFolder(run).page)

@@ -1,10 +1,10 @@
-"""Where pcscale keeps what is made once for all runs."""
+"""The folder for things that are made once for all runs."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where fetched models and measurements of the machine stay: `$PCSCALE_CACHE`, or our part of the user's cache."""
+    """The folder of fetched models and measurements: `$PCSCALE_CACHE`, or pcscale's part of the user's cache."""
     fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pcscale"
     return Path(os.environ.get("PCSCALE_CACHE") or fallback)

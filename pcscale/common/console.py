@@ -6,6 +6,7 @@ it as any other (without a handler only warnings are seen), and progress bars be
 """
 
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class ProgressTask:
             self.bar.update(self.bar.task_ids[0], completed=self.done, text=self.describe())
         elif self.label is not None and time.monotonic() - self.last_line >= PLAIN_INTERVAL_SECONDS:
             self.last_line = time.monotonic()
-            self.console.say(f"{self.label}: {self.describe()}")
+            self.console.info(f"{self.label}: {self.describe()}")
 
     def describe(self) -> str:
         """The share that is done, its rate and the time left."""
@@ -55,7 +56,7 @@ class ProgressTask:
 
 
 class _StandardError(logging.Handler):
-    """Prints messages as plain lines, around a progress bar where there is one."""
+    """A handler that prints messages as plain lines, above the progress bar where there is one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,25 +84,34 @@ class Console:
         logger.setLevel(logging.WARNING if quiet else logging.INFO)
         logger.propagate = False
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
+        """Show a message."""
         logger.info("%s", text)
 
     def warn(self, text: str) -> None:
+        """Show a warning, even where the command is quiet."""
         logger.warning("%s", text)
 
     @contextmanager
     def progress(self, label: str | None, total: float | None, unit: str) -> Iterator[ProgressTask]:
         """Show progress while the block runs; call `advance` on what it yields. Without a label nothing is shown."""
         task = ProgressTask(label, total, unit, self)
-        rich = self._handler.rich if self._handler and logger.isEnabledFor(logging.INFO) else None
-        if label is None or rich is None or not rich.is_terminal:
+        if label is None or self._handler is None:
             yield task
             return
-        label_column = TextColumn("{task.description}", markup=False)
-        columns = (label_column, BarColumn(), TextColumn("{task.fields[text]}", markup=False))
-        with Progress(*columns, console=rich, transient=True) as task.bar:
-            task.bar.add_task(label, total=total, text="")
-            yield task
+        rich = self._handler.rich
+        rich.file = sys.stderr  # The block may redirect standard error, to hide what a library prints there.
+        try:
+            if not logger.isEnabledFor(logging.INFO) or not rich.is_terminal:
+                yield task
+                return
+            label_column = TextColumn("{task.description}", markup=False)
+            columns = (label_column, BarColumn(), TextColumn("{task.fields[text]}", markup=False))
+            with Progress(*columns, console=rich, transient=True) as task.bar:
+                task.bar.add_task(label, total=total, text="")
+                yield task
+        finally:
+            rich.file = None  # pyright: ignore[reportAttributeAccessIssue]  # Whatever standard error is then.
 
 
 console = Console()

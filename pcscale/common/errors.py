@@ -1,11 +1,11 @@
 """The errors that reach a user, each with the exit code of the command line.
 
-A message says where, what was found, what was expected and what to do, in one or two lines.
+A message names the place, the value found, the value expected and the remedy, in one or two lines.
 """
 
 
 class PcscaleError(Exception):
-    """An error whose text is meant for the user. Its base class stands for "anything else"."""
+    """An error whose text is meant for the user."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class RunError(PcscaleError, RuntimeError):
 
 
 class PeerFailed(PcscaleError):
-    """Another process of the run has failed, and says why."""
+    """Another process of the run has failed, and reports the reason itself."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of the run has failed")

@@ -1,4 +1,4 @@
-"""Writing files so that what is visible is whole: beside the place, synced, renamed."""
+"""Files that are whole as soon as they are visible: written beside their place, synced, then renamed."""
 
 import ctypes
 import errno
@@ -32,7 +32,7 @@ def readable_os_errors(path: Path) -> Iterator[None]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Make what was written to a file, or the names in a folder, last through a power cut."""
+    """Make a file's content, or the names in a folder, last through a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,11 +41,12 @@ def sync_to_disk(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
+    """The hidden name that a file or folder has until it is whole."""
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that is never changed in place a second name, in place of a file that has it.
+    """Give a file that is never changed in place a second name, instead of any file that has that name.
 
     Where the file system has no links, the second name gets a synced copy.
     """
@@ -70,7 +71,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a written and synced file or folder its name; a file or folder that had it is replaced by its like."""
+    """Give a written and synced file or folder its name; a file replaces a file, a folder a folder."""
     if temporary.is_dir() and path.is_dir() and any(path.iterdir()):
         old = temporary
         if not _exchange(temporary, path):
@@ -106,6 +107,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by a JSON document in one step."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -124,14 +126,14 @@ def read_json(path: Path) -> Any:
 
 
 def empty_folder(path: Path) -> None:
-    """Make a folder, in place of what was there."""
+    """Make an empty folder, whatever was there."""
     with readable_os_errors(path):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Make a whole folder `path`, in place of one that is there."""
+    """Give a finished folder the name `path`, instead of any folder that has it."""
     with readable_os_errors(path):
         sync_to_disk(temporary)
         publish(temporary, path)

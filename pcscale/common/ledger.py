@@ -1,6 +1,6 @@
-"""What memory is taken for: large tensors are entered where they are born, by component and placement.
+"""The ledger of memory: large tensors are entered where they are born, by component and placement.
 
-What is not entered (activations, temporaries, libraries) is the difference to what the process holds (memory/tracker).
+Activations, temporaries and libraries are not entered; they are the rest of what the process holds (memory/measure.py).
 """
 
 import threading
@@ -41,22 +41,22 @@ COMPONENTS = (
     TEACHER,
     WORKING,
 )
-"""Every component of measured memory. Libraries, working memory and a device's context are never entered: they are what
-is left."""
+"""Every component of measured memory. Libraries, working memory and a device's context are never entered: they are the
+rest."""
 
 Key = tuple[str, str]
 """Placement and component."""
 
 
 class Listener(Protocol):
-    """Who measures."""
+    """An observer of the run's stages, which measures memory."""
 
     def change(self, stage: str | None) -> None:
-        """Take note that another stage begins; None: the phase has none of its own now."""
+        """Note that another stage begins; None: the phase goes on outside of any stage."""
         ...
 
     def mark_idle(self) -> None:
-        """Take everything that is held and not entered for the libraries'."""
+        """Count all memory that is held and not entered as the libraries'."""
         ...
 
 
@@ -73,42 +73,42 @@ class Ledger:
         self.listener: Listener | None = None
 
     def enter(self, component: str, placement: str, num_bytes: int) -> None:
-        """Add to what is held; a negative count takes away."""
+        """Add to the bytes of a component; a negative count takes away."""
         with self._lock:
             self._held[placement, component] = self._held.get((placement, component), 0) + num_bytes
 
     def keep(self, owner: Any, component: str, placement: str, num_bytes: int) -> None:
-        """Enter what an object holds, until it is gone."""
+        """Enter the bytes that an object holds, until it is gone."""
         self.enter(component, placement, num_bytes)
         weakref.finalize(owner, self.enter, component, placement, -num_bytes)
 
     def held(self) -> dict[Key, int]:
-        """A copy of what is held now."""
+        """A copy of the bytes that are held now."""
         with self._lock:
             return dict(self._held)
 
     @property
     def stage(self) -> str | None:
-        """The innermost part of the phase that runs now."""
+        """The innermost stage that runs now."""
         return self._stages[-1] if self._stages else None
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
-        """Name what runs in the block, for whoever measures. Called from the main thread."""
+        """Name the stage that runs in the block, for the listener. Called from the main thread."""
         self._stages.append(stage)
-        self._tell(stage)
+        self._notify()
         try:
             yield
         finally:
             self._stages.pop()
-            self._tell(self.stage)
+            self._notify()
 
-    def _tell(self, stage: str | None) -> None:
+    def _notify(self) -> None:
         if self.listener is not None:
-            self.listener.change(stage)
+            self.listener.change(self.stage)
 
     def mark_idle(self) -> None:
-        """Say that nothing temporary is held: what is not entered are libraries."""
+        """Tell the listener that nothing temporary is held: memory that is not entered belongs to libraries."""
         if self.listener is not None:
             self.listener.mark_idle()
 

@@ -1,4 +1,4 @@
-"""Work that ranks share: done by one for all, or by each with everybody's errors known to all."""
+"""Work that ranks share: done by the first for all, or by each, with the errors of all known to all."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,7 +13,7 @@ def on_first_rank(group: Group, work: Callable[[], Result]) -> Result:
     """Do the work on the first rank while the others wait; every rank gets its result.
 
     Raises:
-        PeerFailed: on every other rank, where the work failed on the first.
+        PeerFailed: the work failed on the first rank; raised on all others.
     """
     return group.gather(on_every_rank(group, work if group.topology.is_first else lambda: None))[0]  # pyright: ignore[reportReturnType]
 
@@ -22,7 +22,7 @@ def on_every_rank(group: Group, work: Callable[[], Result]) -> Result:
     """Do the work on every rank, and go on only if it succeeded on all.
 
     Raises:
-        PeerFailed: another rank failed, and says why; of several ranks that fail the first one does.
+        PeerFailed: another rank failed, and reports why; the first of several does.
     """
     if group.topology.world_size == 1:
         return work()
@@ -31,7 +31,7 @@ def on_every_rank(group: Group, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         failed = error
-    # None: it went well. A rank that only heard of a failure says so by False.
+    # None: it went well. False: this rank only heard of another one's failure.
     known = None if failed is None else not isinstance(failed, PeerFailed)
     outcomes = group.gather((known, getattr(failed, "exit_code", PcscaleError.exit_code)))
     failures = [(rank, code) for rank, (known, code) in enumerate(outcomes) if known] or [

@@ -1,4 +1,4 @@
-"""Which process this is among those of a run, and what they say to each other."""
+"""This process among those of a run, and the messages between them."""
 
 import os
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ class Topology:
     """The processes of a run.
 
     Attributes:
-        rank: this process, from 0.
-        world_size: how many there are.
-        local_rank: this process among those of its host.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        local_rank: number of this process among those of its host.
     """
 
     rank: int = 0
@@ -23,7 +23,7 @@ class Topology:
 
     @classmethod
     def launched(cls) -> "Topology":
-        """What torchrun or the deepspeed launcher has told this process; one process where neither has."""
+        """The topology in the environment, from torchrun or the deepspeed launcher; without one, a single process."""
         values = (os.environ.get(name, default) for name, default in _LAUNCHED.items())
         return cls(*map(int, values))
 
@@ -36,26 +36,26 @@ ONE_PROCESS = Topology()
 
 
 class Group(Protocol):
-    """What the processes of a run say to each other. Every rank makes the same calls in the same order.
+    """The processes of a run that exchange values. Every rank makes the same calls in the same order.
 
     Attributes:
-        device_name: of this rank's device; None: a lone process chooses.
+        device_name: the name of this rank's device; None: a lone process chooses.
     """
 
     topology: Topology
     device_name: str | None
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, by rank, on every rank."""
+        """Collect each rank's value, in the order of ranks, on every rank."""
         ...
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums over ranks, equal to the last bit on every rank."""
+        """Sum over ranks; the sums are equal to the last bit on every rank."""
         ...
 
 
 class Alone:
-    """One process: nobody to talk to."""
+    """A group of one process."""
 
     topology = ONE_PROCESS
     device_name: str | None = None

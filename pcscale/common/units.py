@@ -12,7 +12,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNOR
 
 
 def parse_bytes(text: str | int) -> int:
-    """A size such as `5GB`, `5GiB`, `24g` (decimal) or `5000000000`. Units: bytes.
+    """Read a size such as `5GB`, `5GiB`, `24g` (decimal) or `5000000000`. Units: bytes.
 
     Raises:
         RequestError: the text is no size, or the size is not positive.
@@ -29,7 +29,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """`1536` → `1.5 KiB`."""
+    """Write bytes for people: `1536` → `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size_bytes) < 1024:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
@@ -38,7 +38,7 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """`134515008` → `134.5 M`."""
+    """Write a count for people: `134515008` → `134.5 M`."""
     for unit in ("", " K", " M", " G", " T", " P"):
         if abs(count) < 1000:
             return f"{count:.0f}" if unit == "" else f"{count:.{1 if unit in (' K', ' M') else 2}f}{unit}"
@@ -47,7 +47,7 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3725` → `1:02:05`."""
+    """Write a duration for people: `3725` → `1:02:05`."""
     if not math.isfinite(seconds):
         return "-"
     whole = round(seconds)
@@ -56,10 +56,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def short_name(model: str) -> str:
-    """A Hub id as it is; of a folder's path the last part, since the rest means nothing elsewhere."""
+    """A Hub id unchanged, or the last part of a folder's path, since the rest means nothing elsewhere."""
     return Path(model).name if model.startswith(("/", ".", "~")) else model
 
 
 def aligned(num_bytes: int) -> int:
-    """The next multiple of 512: where one buffer may follow another."""
+    """The next multiple of 512, at which another buffer may follow."""
     return -(-num_bytes // 512) * 512

@@ -207,7 +207,8 @@ class PlanConfig(BaseModel):
     """Cap on the host memory that residency takes: all records with `cpu`, buffers with `disk`. Absent: what lets
     motion overlap with compute. Units: bytes."""
     deepspeed: Annotated[str, Field(min_length=1)] | None = Field(default=None, json_schema_extra=_MEMORY)
-    """A DeepSpeed configuration file, as in `deepspeed_configs/`. Absent: one process without DeepSpeed."""
+    """A DeepSpeed configuration file, or the name of one that comes with pcscale, such as `zero3_offload_cpu`. Absent:
+    one process without DeepSpeed."""
     memory_snapshot: bool = Field(default=False, json_schema_extra=_MEMORY)
     """Record the allocator of a GPU while training, into `memory_snapshot.pickle` of the run folder, for torch's own
     viewer (pytorch.org/memory_viz)."""

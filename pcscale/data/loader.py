@@ -1,4 +1,4 @@
-"""Which sequences a step sees: a pure function of the step, so the data position needs no state of its own.
+"""The sequences of a step: a pure function of its number, so the data position needs no state of its own.
 
 Shapes: N train sequences, B sequences in a micro batch, T tokens in a sequence.
 """
@@ -15,7 +15,7 @@ from pcscale.storage.hashing import fingerprint
 
 @lru_cache(maxsize=1)
 def sequence_order(num_sequences: int, seed: int, epoch: int) -> Tensor:
-    """The order of the sequences in one epoch, int64 `[N]`; read only, since the last one is kept.
+    """The order of the sequences in one epoch, int64 `[N]`; do not change it, since the last one is cached.
 
     Args:
         num_sequences: N.
@@ -35,11 +35,11 @@ def sequences_seen(num_sequences: int, seed: int, count: int) -> Tensor:
 def step_batches(
     train_NT: Tensor, step: int, sequences_per_step: int, batch_size: int, seed: int, topology: Topology = ONE_PROCESS
 ) -> Iterator[Tensor]:
-    """One rank's micro batches of one optimizer step: ranks take them in turn.
+    """One rank's micro batches of one optimizer step, dealt out to the ranks one by one.
 
     The run's k-th sequence is number k mod N of epoch k div N, and step s sees those from (s - 1) × sequences_per_step
-    on. So runs with equal sequences_per_step see the same sequences in the same order, however they are batched and on
-    however many ranks.
+    on. Runs with equal sequences_per_step thus see the same sequences in the same order, whatever their batches and
+    ranks.
 
     Args:
         train_NT: token ids, `[N, T]`.

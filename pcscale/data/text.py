@@ -1,6 +1,6 @@
 """Documents, streamed one at a time from files, globs or a Hub data set, through the `datasets` library.
 
-What a source looks like decides what it is: an existing path, a glob sign or a known extension make it a file.
+A source is a file if it is an existing path, holds a glob sign or has a known extension; else it is a Hub data set.
 """
 
 import glob
@@ -21,7 +21,7 @@ _GLOB_SIGN = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # NotImplementedError: pyarrow raises a kind of it for a parquet encoding or compression that it cannot read.
 _BROKEN_FILE = (ValueError, OSError, EOFError, NotImplementedError, RecursionError, zlib.error)
-# A row group may hold a gigabyte of text; so many rows at a time are enough for speed.
+# A row group may hold a gigabyte of text; this many rows at a time are enough for speed.
 _PARQUET_ROWS = 256
 
 
@@ -51,7 +51,7 @@ def documents(sources: list[str]) -> Iterator[str]:
 
 
 def describe(sources: list[str]) -> list[dict[str, str | int]]:
-    """What a token cache is keyed by: each file's path, size and time of change; of a Hub data set its name.
+    """The key of sources in a token cache: a file's path, size and time of change; a Hub data set's name.
 
     Raises:
         RequestError: a source is missing or of an unknown kind.
@@ -111,7 +111,7 @@ def _texts(rows: Iterator[Any], where: str) -> Iterator[str]:
 
 
 def silence_datasets() -> None:
-    """Progress and errors are ours to show, so the library shows neither."""
+    """Keep the datasets library from showing progress and errors: pcscale shows its own."""
     import datasets.config
 
     # It counts each use with a web request, for local files too; without a network that waits for seconds.

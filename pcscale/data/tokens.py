@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _PIECE_CHARACTERS = 1_000_000
 _PIECE_TOKENS = 262_144
-# Where a long document may be cut, best first, and how many of these characters stay on the left. A space goes with
-# the word that follows it, as tokenizers have it.
+# Places to cut a long document, best first, and how many of these characters stay on the left. A space goes with the
+# word that follows it, as in tokenizers.
 _CUTS = (("\n\n", 2), ("\n", 1), (" ", 0))
 
 
@@ -67,12 +67,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenize
 
 
 def tokenize(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", limit: int) -> Tensor:
-    """Every document's tokens followed by EOS, one after the other; no other special token is added.
+    """The tokens of all documents, each followed by EOS; no other special token is added.
 
     Args:
-        documents: read only as far as `limit` needs.
-        tokenizer: one with an EOS token.
-        limit: at most so many tokens; the last document may be cut by it.
+        documents: texts, read only as far as `limit` needs.
+        tokenizer: a tokenizer with an EOS token.
+        limit: most tokens; the last document may be cut by it.
 
     Returns:
         int32 `[N]`, N ≤ limit.
@@ -103,7 +103,7 @@ def _token_lists(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase")
 
 
 def _pieces(document: str) -> Iterator[str]:
-    """The document in pieces of bounded length, cut where it shows least; joined they are the document."""
+    """Cut a document into pieces of bounded length, where a cut changes tokens least."""
     start = 0
     while len(document) - start > _PIECE_CHARACTERS:
         limit = start + _PIECE_CHARACTERS
@@ -115,7 +115,7 @@ def _pieces(document: str) -> Iterator[str]:
 
 
 def count_text_bytes(tokens_N: Tensor, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """UTF-8 bytes of the text that these tokens stand for, what bits per byte are counted against.
+    """Number of UTF-8 bytes in the text of these tokens, for bits per byte.
 
     Documents are decoded one by one, as they were tokenised, and special tokens stand for no text.
 
@@ -144,13 +144,13 @@ def read_sequences(
     """The first sequences of the sources, packed; text is read only as far as they need.
 
     Args:
-        setting: what the user calls the sources, for errors.
-        sources: as `documents` takes them.
-        tokenizer: one with an EOS token.
+        setting: the user's name for the sources, for errors.
+        sources: files, globs or Hub data set ids, as for `documents`.
+        tokenizer: a tokenizer with an EOS token.
         sequence_length: T.
-        count: at most so many sequences.
-        vocab_size: the model's; every token id is below it.
-        least: fewer are refused; 2 where the caller holds one of them out.
+        count: most sequences.
+        vocab_size: the model's vocabulary; every token id is below it.
+        least: fewest sequences; 2 where the caller holds one of them out.
 
     Returns:
         int32 `[N, T]`, least ≤ N ≤ count; the ragged tail is dropped.
@@ -179,17 +179,17 @@ def read_sequences(
 def prepare_tokens(
     config: RunConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path, train_sequences: int, vocab_size: int
 ) -> TokenSets:
-    """The run's train and held-out sequences, from `folder/tokens.safetensors` where it was made of the same things.
+    """The run's train and held-out sequences, from `folder/tokens.safetensors` where that fits the settings and text.
 
-    Text is read as far as the run can use it. Held out are at most `eval_tokens` (but one sequence at least), from
-    `data.validation`; where that is absent, from the end of what was read of `data.train`, at most a tenth of it.
+    Text is read as far as the run can use it. At most `eval_tokens` (but one sequence at least) are held out, from
+    `data.validation`; where that is absent, from the end of the text read of `data.train`, at most a tenth of it.
 
     Args:
         config: the settings; `data`, `sequence_length` and `eval_tokens` matter here.
         tokenizer: the base's.
-        folder: the run folder, where the file is kept.
-        train_sequences: the most that the run can see without repeating one.
-        vocab_size: the model's; every token id is below it.
+        folder: the run folder, which keeps the file.
+        train_sequences: most sequences that the run can see without repeating one.
+        vocab_size: the model's vocabulary; every token id is below it.
 
     Raises:
         RequestError: a source cannot be read, holds too little text, or a token id is outside the vocabulary.
@@ -204,7 +204,7 @@ def prepare_tokens(
 
 
 def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> str:
-    """What the sequences are made of, as a hash. A run that is made longer keeps its sequences and repeats them."""
+    """A hash of the text, tokenizer and sizes behind the sequences. A run that is made longer repeats its sequences."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # absent: a slow tokenizer, written in Python
     identity = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
     validation = config.data.validation
@@ -214,12 +214,12 @@ def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: in
 
 
 def _tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What makes text of token ids: runs over the same ids with the same vocabulary are over the same text."""
+    """A hash of the vocabulary: runs with equal ones over the same ids are over the same text."""
     return fingerprint(json.dumps([_eos(tokenizer), tokenizer.get_vocab()], sort_keys=True).encode())
 
 
 def _stored_key(file: Path) -> str | None:
-    """The key of the file that is there; None: there is none that can be used."""
+    """The key of an existing token file; None: there is no usable one."""
     try:
         return read_header(file)[1].get(KEY)
     except RequestError:

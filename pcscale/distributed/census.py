@@ -1,4 +1,4 @@
-"""What tensors an object of somebody else's holds: DeepSpeed keeps its copies in many attributes."""
+"""The tensors inside a foreign object: DeepSpeed keeps its copies in many attributes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,18 +9,18 @@ _DEEPEST = 6
 
 
 def stored_bytes(holder: Any, seen: set[int]) -> dict[str, int]:
-    """Bytes of the tensors that are reached through attributes, lists and mappings, by home.
+    """Bytes of the tensors that are reached through attributes, lists and mappings, by placement.
 
     Args:
-        seen: addresses of storages that were counted already; added to.
+        seen: addresses of the storages counted so far, which this call adds to.
     """
     found: dict[str, int] = {}
     for tensor in held_tensors(holder):
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            home = "device" if tensor.is_cuda else "pinned" if tensor.is_pinned() else "host"
-            found[home] = found.get(home, 0) + storage.nbytes()
+            placement = "device" if tensor.is_cuda else "pinned" if tensor.is_pinned() else "host"
+            found[placement] = found.get(placement, 0) + storage.nbytes()
     return found
 
 

@@ -2,7 +2,7 @@
 
 DeepSpeed runs forward and backward, reduces gradients and keeps the weights as its ZeRO stage says. Its optimizer does
 nothing: it lists the parameters, so that ZeRO partitions them. pcscale takes each gradient whole on its owner, and
-publishes the new weight before `engine.step()`, which makes it the model's.
+publishes the new weight before `engine.step()`, which puts it into the model.
 
 At stage 0 every rank has every gradient after the backward pass, so that a step moves one reduction and one broadcast.
 """
@@ -42,7 +42,9 @@ def check_settings(settings: EngineSettings) -> None:
         DeepSpeedConfig(settings.values)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RequestError(f"{settings.file}: DeepSpeed refuses it: {reason}. See deepspeed_configs/README.md.") from error
+        raise RequestError(
+            f"{settings.file}: DeepSpeed refuses it: {reason}. See deepspeed_configs/README.md."
+        ) from error
 
 
 class _Listing(torch.optim.Optimizer):
@@ -58,15 +60,15 @@ class _Listing(torch.optim.Optimizer):
 class DeepSpeedEngine:
     """An `Engine` (projection/engine.py) whose weights and gradients DeepSpeed keeps.
 
-    Until `take_over` the model is whole on every rank: a resumed run publishes its weights into it before DeepSpeed takes
-    it apart.
+    Until `take_over` the model is whole on every rank: a resumed run publishes its weights into it before DeepSpeed
+    takes it apart.
 
     Args:
         model: the compressed model.
         settings: DeepSpeed's, filled in.
 
-    Memory: what the ZeRO stage says (deepspeed_configs/README.md); in a step the gradient that this rank works on, and
-    on every rank the weights of a round, until those of the next one are published.
+    Memory: the ZeRO stage's (deepspeed_configs/README.md); in a step the gradient that this rank works on, and on
+    every rank the weights of a round, until those of the next one are published.
     """
 
     gradients_on = "engine"
@@ -80,9 +82,9 @@ class DeepSpeedEngine:
         self._engine: Any = None
         self._scale = 1.0
         self._destinations: dict[str, torch.Tensor] = {}
-        """What this rank publishes next, where the model's own weight is not whole."""
+        """Weights that this rank publishes next, where the model's own weight is not whole."""
         self._entered: dict[tuple[str, str], int] = {}
-        """In the ledger, by component and home; the model has entered its weights, whole, itself."""
+        """Bytes in the ledger by component and placement. The model itself has entered its weights as a whole."""
         self._sent: list[tuple[str, torch.Tensor, Any]] = []
         """Broadcasts under way: while they are, the next matrices are worked on."""
 
@@ -98,22 +100,22 @@ class DeepSpeedEngine:
 
     @property
     def _whole(self) -> bool:
-        """Whether every rank has every weight and its gradient in `parameter` itself."""
+        """True where every rank has every weight and its gradient in `parameter` itself."""
         return self._engine is None or self._stage == 0
 
     @property
     def _in_place(self) -> bool:
-        """Whether those weights also lie where ranks compute and communicate: on a GPU only after the start."""
+        """True where those weights also lie on the device that ranks compute and communicate on."""
         return self._whole and (self._engine is not None or self.device.type == "cpu")
 
     def hold_gradients(self) -> None:
-        """DeepSpeed does as it does."""
+        """Do nothing: DeepSpeed holds gradients in its own way."""
 
     def backward(self, loss: torch.Tensor, accumulation: int) -> None:
         self._engine.backward(loss)
         self._enter_held()
         if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # Which only counts the micro batch.
+            self._engine.step()  # This only counts the micro batch.
 
     def mean(self, value: torch.Tensor) -> float:
         return self._group.sum([value.item()])[0] / self.topology.world_size
@@ -136,14 +138,18 @@ class DeepSpeedEngine:
             for parameter in self._parameters.values()
         ]
         square = torch.stack(squares).sum().item()
-        # At stage 0 all have the same gradients; they take the first one's word for it, to the last bit.
+        # At stage 0 all ranks have the same gradients; the first rank's sum counts, so that all agree to the last bit.
         counts = self._stage > 0 or self.topology.is_first
         norm = self._group.sum([square if counts else 0.0])[0] ** 0.5
         self._scale = min(1.0, max_norm / (norm + 1e-6))
         return torch.tensor(norm)
 
     def round_gradient(self, sweep_round: Round) -> torch.Tensor | None:
-        """Raises: RuntimeError: another rank is gone."""
+        """This rank's gradient of a round, clipped.
+
+        Raises:
+            RuntimeError: another rank is gone.
+        """
         mine = None
         for rank, name in enumerate(sweep_round):
             if name is not None and (rank == self.topology.rank or not self._whole):
@@ -180,7 +186,7 @@ class DeepSpeedEngine:
         self._enter_held()
 
     def release(self) -> None:
-        """Give back what DeepSpeed holds: its objects refer to each other from where no collector reaches."""
+        """Give back DeepSpeed's memory: its objects refer to each other from places that no collector reaches."""
         self._engine.destroy()
         parameters = list(self._parameters.values())
         weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
@@ -190,23 +196,23 @@ class DeepSpeedEngine:
                 storage.resize_(0)
 
     def _enter_held(self) -> None:
-        """Say what DeepSpeed holds now."""
+        """Enter the bytes that DeepSpeed holds now into the ledger."""
         parameters = list(self._parameters.values())
         weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         seen: set[int] = set()
-        held = {(WEIGHTS, home): size for home, size in stored_bytes(weights, seen).items()}
-        # The model's own entry, which is of whole weights, stays.
+        held = {(WEIGHTS, placement): size for placement, size in stored_bytes(weights, seen).items()}
+        # The model's own entry of whole weights stays.
         whole = sum(math.prod(self._shapes[name]) for name in self._parameters) * self.dtype.itemsize
         held[WEIGHTS, "host"] = held.get((WEIGHTS, "host"), 0) - whole
-        held |= {(GRADIENTS, home): size for home, size in stored_bytes(gradients, seen).items()}
-        held |= {(ENGINE, home): size for home, size in stored_bytes(self._engine.optimizer, seen).items()}
+        held |= {(GRADIENTS, placement): size for placement, size in stored_bytes(gradients, seen).items()}
+        held |= {(ENGINE, placement): size for placement, size in stored_bytes(self._engine.optimizer, seen).items()}
         for key in self._entered.keys() | held.keys():
             ledger.enter(*key, held.get(key, 0) - self._entered.get(key, 0))
         self._entered = held
 
     def _finish_publishing(self) -> None:
-        """Wait for what has been published, and make it the model's."""
+        """Wait for the weights that were published, and put them into the model."""
         for name, value, under_way in self._sent:
             if under_way is not None:
                 under_way.wait()

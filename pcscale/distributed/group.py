@@ -13,13 +13,13 @@ from deepspeed.accelerator import get_accelerator
 
 from pcscale.common.topology import Topology
 
-# DeepSpeed's own calls, which torch 2.13 has renamed.
+# DeepSpeed calls these by names that torch 2.13 deprecates.
 warnings.filterwarnings(
     "ignore", message=r".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*", category=FutureWarning
 )
 
 _PATIENCE = timedelta(days=7)
-"""Time that a rank waits for the others, who may merge a large model meanwhile. gloo notices one that dies."""
+"""Time that a rank waits for the others, which may merge a large model meanwhile. gloo notices when one dies."""
 _PATIENCE_ON_DEVICES = timedelta(hours=1)
 """Time that a rank waits for gradients and weights over NCCL, which does not notice."""
 
@@ -74,6 +74,6 @@ def _name_the_lone_process() -> None:
 
 
 def is_about_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone."""
+    """Tell whether a collective failed because another process is gone."""
     signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

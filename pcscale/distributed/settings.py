@@ -48,10 +48,10 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
     """Read the file that run.yaml's `deepspeed` names, a path or the name of one that pcscale brings.
 
     Args:
-        world_size: how many ranks share a step.
+        world_size: number of ranks that share a step.
 
     Raises:
-        RequestError: the file says something else than run.yaml, or brings what pcscale brings itself.
+        RequestError: the file contradicts run.yaml, or has a section for a thing that pcscale does itself.
     """
     path = resolve_deepspeed(file)
     settings = read_json(path)
@@ -90,7 +90,7 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
     # A skipped step would leave DeepSpeed's offloaded gradients as they are for ever; pcscale skips them itself.
     filled["bf16"]["check_grad_overflow"] = False
     filled |= {
-        # pcscale clips each gradient when it is fetched: DeepSpeed clips too late for that, inside its step.
+        # pcscale clips each gradient when it takes it: DeepSpeed clips too late for that, inside its step.
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,4 +1,4 @@
-"""The frozen base under ZeRO-3: every rank holds a part of each weight, and all gather one when it is needed."""
+"""The frozen base under ZeRO-3: every rank holds a part of each weight, and all gather a weight when they need it."""
 
 from typing import Any
 
@@ -15,27 +15,25 @@ from pcscale.storage.reader import TORCH_DTYPES
 
 
 class ZeroBase(MappedBase):
-    """A base whose weights DeepSpeed parts among the ranks, in host memory or where `offload_param` says.
+    """A base whose weights DeepSpeed partitions among the ranks, in host memory or as `offload_param` says.
 
-    The first rank reads and checks each weight when it is first asked for, and the others get their parts of it: no
-    rank ever holds the model, and files are read once. All ranks ask for the same weights in the same order.
+    The first rank reads and checks each weight at its first use, and the others get their parts of it: no rank ever
+    holds the model, and files are read once. All ranks ask for the same weights in the same order.
 
     Args:
         source: the checkpoint folder.
         expected: fingerprints that the base must have.
-        zero: DeepSpeed's section `zero_optimization`, whose `offload_param` counts; absent: host memory.
+        zero: DeepSpeed's section `zero_optimization`, of which `offload_param` counts; without it: host memory.
         group: the ranks.
 
-    Memory: the weights' bytes over the number of ranks; on each rank the gathered weight, and those under way: the
-    next one of a sweep, the next layer of a pass through the model.
+    Memory: the weights' bytes over the number of ranks; on each rank the gathered weight and those under way, which
+    are the next one of a sweep or the next layer of a pass through the model.
     """
 
     placement = "zero"
     collective = True
 
-    def __init__(
-        self, source: BaseFolder, expected: dict[str, str] | None, zero: dict[str, Any], group: Group
-    ) -> None:
+    def __init__(self, source: BaseFolder, expected: dict[str, str] | None, zero: dict[str, Any], group: Group) -> None:
         super().__init__(source, expected)
         offload = zero.get("offload_param", {"device": "cpu"})
         self._settings = {
@@ -51,7 +49,7 @@ class ZeroBase(MappedBase):
 
         Raises:
             RequestError: the weight is not finite, or not the one that the run began with.
-            PeerFailed: so the first rank says.
+            PeerFailed: the first rank has failed to read it.
         """
         return self._gather(name).to("cpu")
 
@@ -69,7 +67,7 @@ class ZeroBase(MappedBase):
         return whole
 
     def prefetch(self, names: list[str]) -> None:
-        """Begin to gather these weights; those that nobody has asked for yet are read ahead on the first rank."""
+        """Begin to gather these weights; the first rank reads ahead those that were not used yet."""
         for name in names:
             if name in self._parted and name not in self._under_way:
                 self._under_way[name] = self._parted[name].all_gather_coalesced([self._parted[name]])

@@ -18,7 +18,7 @@ _PLACEMENTS = {"device": "device", "cpu": "pinned", "nvme": "disk"}
 
 @dataclass(frozen=True)
 class ZeroForm:
-    """Where the compressed model lives, as a DeepSpeed file's `zero_optimization` section says.
+    """The places of the compressed model, read from a DeepSpeed file's `zero_optimization` section.
 
     Attributes:
         weights_on: `device`, `cpu` or `nvme`; at stage 3.
@@ -50,6 +50,11 @@ class ZeroForm:
             int(section.get("stage3_max_live_parameters", _DEFAULT_LIVE_VALUES)),
         )
 
+    @classmethod
+    def of_file(cls, name: str) -> "ZeroForm":
+        """The form of a DeepSpeed file, a path or the name of one that pcscale brings."""
+        return cls.read(read_json(resolve_deepspeed(name))["zero_optimization"])
+
     def scattered_bytes(self, parameters: int, ranks: int) -> int:
         """The flat copy of a bucket of gradients that stage 3 makes to scatter them to their ranks."""
         return min(self.bucket_values, parameters) * FLOAT_BYTES if self.stage == 3 and ranks > 1 else 0
@@ -62,7 +67,7 @@ class ZeroForm:
         return weights + (micro_batches * FLOAT_BYTES + weight_bytes) * part * (self.master_on != "device")
 
     def parts(self, parameters: int, weight_bytes: int, ranks: int, accumulates: bool, largest: int = 0) -> Parts:
-        """What one rank holds of the compressed model while it trains (deepspeed_configs/README.md has the table).
+        """One rank's memory of the compressed model while it trains (deepspeed_configs/README.md has the table).
 
         Args:
             parameters: of the compressed model.
@@ -104,5 +109,4 @@ class ZeroForm:
 
 def forms_to_choose() -> dict[str, ZeroForm]:
     """The forms of `FILES_TO_CHOOSE`, by name."""
-    sections = {name: read_json(resolve_deepspeed(name))["zero_optimization"] for name in FILES_TO_CHOOSE}
-    return {name: ZeroForm.read(section) for name, section in sections.items()}
+    return {name: ZeroForm.of_file(name) for name in FILES_TO_CHOOSE}

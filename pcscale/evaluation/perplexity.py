@@ -29,6 +29,7 @@ class HeldOut:
 
     @property
     def predicted_tokens(self) -> int:
+        """Tokens with one before them in their sequence."""
         return self.ids_MT.shape[0] * (self.ids_MT.shape[1] - 1)
 
     def result(self, loss: float, parameters: int, seconds: float) -> ModelResult:

@@ -121,7 +121,7 @@ class DownstreamTasks:
         evaluator.get_git_commit_hash = lambda: None  # git complains on standard error where there is no repository.
         os.environ["DISABLE_MULTIPROC"] = "1"  # It would fork a process that has threads, to resample for a second.
         names = ", ".join(self.request.names)
-        console.say(f"{label}: {names}")
+        console.info(f"{label}: {names}")
         try:
             with console.progress(label, None, "answers") as progress, _silenced():
                 adapter: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.request.batch_size)  # pyright: ignore[reportCallIssue]

@@ -1,6 +1,6 @@
 """The families of pre-norm decoders with a gated feed-forward layer: Llama and its relatives.
 
-They share one skeleton; what differs is which biases and which norms inside attention they carry.
+They share one skeleton and differ in their biases and in their norms inside attention.
 To add a family: docs/add_a_family.md.
 """
 

@@ -1,4 +1,4 @@
-"""config.json files: reading a base's, writing the compressed model's."""
+"""config.json files: the base's, and the compressed model's made from it."""
 
 import copy
 from pathlib import Path
@@ -38,5 +38,5 @@ def compressed_config(base: Config, hidden_size: int, intermediate_size: int) ->
 
 
 def stored_dtype(config: Config) -> str:
-    """The dtype that the config names: `dtype`, or `torch_dtype` in older files; float32 where neither stands."""
+    """The dtype that the config names: `dtype`, or `torch_dtype` in older files; float32 where it has neither."""
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")

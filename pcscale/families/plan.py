@@ -1,4 +1,4 @@
-"""What a compression is: a base, new widths, and for every weight both shapes. All counts follow from it."""
+"""The plan of a compression: a base, new widths, and both shapes of every weight. All counts follow from it."""
 
 import math
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from pcscale.families.spec import Config, Family, Kind, Weight, is_tied, sizes_o
 
 Shape = tuple[int, int]
 Shapes = tuple[Shape, Shape]
-"""Of a matrix: the base's, and the compressed one."""
+"""A matrix's shape in the base, and its compressed one."""
 
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """One tensor with its base shape and its compressed shape, and which sides change."""
+    """One tensor with its base shape and its compressed shape."""
 
     weight: Weight
     base_shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class Plan:
-    """A base config and the widths it is cut to."""
+    """A base's config, and the widths that it is cut to."""
 
     family: Family
     base_config: Config
@@ -56,7 +56,7 @@ class Plan:
 
     @classmethod
     def whole(cls, family: Family, base_config: Config) -> "Plan":
-        """The plan that cuts nothing: the base itself."""
+        """The plan that cuts nothing: the base at its own widths."""
         return cls(family, base_config, base_config["hidden_size"], base_config["intermediate_size"])
 
     @cached_property
@@ -86,7 +86,7 @@ class Plan:
 
     @cached_property
     def alike(self) -> tuple[tuple[PlannedWeight, int], ...]:
-        """The matrices that are alike in kind and in both shapes: the first of them, and how many there are."""
+        """The first of all matrices that are alike in kind and both shapes, with their number."""
         found: dict[tuple[Kind, tuple[int, ...], tuple[int, ...]], list[PlannedWeight]] = {}
         for planned in self.matrices:
             found.setdefault((planned.weight.kind, planned.base_shape, planned.shape), []).append(planned)
@@ -94,12 +94,12 @@ class Plan:
 
     @cached_property
     def shapes(self) -> tuple[Shapes, ...]:
-        """Of every matrix, in the order of a forward pass."""
+        """Both shapes of every matrix, in the order of a forward pass."""
         return tuple(planned.shapes for planned in self.matrices)
 
     @cached_property
     def base_layer_values(self) -> int:
-        """Values of the matrices of one layer of the base."""
+        """Number of values in the matrices of one layer of the base."""
         return sum(math.prod(planned.base_shape) for planned in self.matrices if planned.weight.layer == 0)
 
     @property
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def base_parameters(self) -> int:
-        """Tied embeddings counted once."""
+        """Number of the base's parameters, tied embeddings counted once."""
         return sum(math.prod(planned.base_shape) for planned in self.weights)
 
     @cached_property
@@ -124,7 +124,7 @@ class Plan:
         return self.parameters / self.base_parameters
 
     def train_flops_per_token(self, sequence_length: int) -> int:
-        """Forward and backward: 6 a weight that multiplies, and attention's own products at half the square."""
+        """FLOPs of forward and backward: 6 for each weight that multiplies, and attention at half the square."""
         multiplied = sum(
             math.prod(planned.shape)
             for planned in self.matrices
@@ -135,7 +135,7 @@ class Plan:
         return 6 * multiplied + 6 * attention
 
     def kept_axes(self) -> Iterator[tuple[str, int, int]]:
-        """Name, base size and compressed size of each set of kept indices: residual global, ffn per layer."""
+        """Name, base size and compressed size of each set of kept indices: one residual, and an ffn for each layer."""
         yield kept_name(RESIDUAL, None), self.base_sizes[RESIDUAL], self.sizes[RESIDUAL]
         for layer in range(self.num_layers):
             yield kept_name(FFN, layer), self.base_sizes[FFN], self.sizes[FFN]

@@ -8,6 +8,7 @@ FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
 def supported() -> str:
+    """The families with examples of their models, for messages."""
     return ", ".join(f"{family.name} ({family.examples})" for family in FAMILIES.values())
 
 

@@ -1,4 +1,4 @@
-"""What a family's table is made of, and the loop that turns it into the weights of one model."""
+"""The rows of a family's table, and the loop that turns them into the weights of one model."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Condition = Callable[[Config], bool]
 
 
 class Kind(StrEnum):
-    """What a weight is for: matrices are projected, norms and biases are trained directly."""
+    """The use of a weight: matrices are projected, norms and biases are trained directly."""
 
     EMBEDDING = "embedding"
     LINEAR = "linear"
@@ -30,7 +30,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One line of a family's table: a tensor's name, below its layer, and its axes, out before in."""
+    """One row of a family's table: a tensor's name, below its layer, and its axes, out before in."""
 
     name: str
     kind: Kind
@@ -60,13 +60,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family as data. Everything else (shapes, counts, starts, merging) is derived from the two tables."""
+    """A model family as data. Everything else (shapes, counts, starts, merging) is derived from its tables."""
 
     name: str
     examples: str
     model_types: tuple[str, ...]
     layer_prefix: str
-    """Where layer number `{layer}` lives."""
+    """Prefix of the weights of layer number `{layer}`."""
     before: tuple[WeightSpec, ...]
     """Weights used before the first layer."""
     layer: tuple[WeightSpec, ...]
@@ -74,9 +74,9 @@ class Family:
     after: tuple[WeightSpec, ...]
     """Weights used after the last layer."""
     hidden_multiple: Callable[[Config], int]
-    """What the config class demands hidden_size to be divisible by."""
+    """The number that the config class wants hidden_size to be divisible by."""
     stated: tuple[str, ...] = ()
-    """Sizes that config.json must state: for an absent one the config class has a fixed number of its own."""
+    """Sizes that config.json must state, since the config class has a fixed number of its own for an absent one."""
 
     def weights(self, config: Config) -> Iterator[Weight]:
         """Every tensor of a model with this config, once, in the order in which a forward pass needs them."""
@@ -108,11 +108,12 @@ def sizes_of(config: Config) -> Sizes:
 
 
 def head_dim_of(config: Config) -> int:
+    """The size of one attention head: stated, or the hidden size over the number of heads."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def is_tied(config: Config) -> bool:
-    """Whether the head is the embedding. The config classes of all families here default to untied."""
+    """Tell whether the head is the embedding. The config classes of all families here default to untied."""
     return bool(config.get("tie_word_embeddings", False))
 
 
@@ -121,7 +122,7 @@ _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 def check_config(config: Config, where: str, stated: tuple[str, ...] = ()) -> None:
-    """Refuse a config whose sizes are absent or no positive whole numbers."""
+    """Refuse a config whose sizes are absent, no positive whole numbers or at odds with each other."""
     for key in _REQUIRED + stated + tuple(key for key in _OPTIONAL if config.get(key) is not None):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:

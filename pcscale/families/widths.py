@@ -1,4 +1,4 @@
-"""Legal widths: which ones a family allows, and the search for those that keep a wanted share of the parameters."""
+"""Legal widths of a family, and the search for those that keep a wanted share of the parameters."""
 
 import math
 from collections.abc import Callable
@@ -10,25 +10,25 @@ from pcscale.families.spec import Config, Family
 
 DEFAULT_KEEP = 0.5
 KERNEL_MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
-"""Multiples that matrix kernels like, best first."""
+"""Multiples that matrix kernels are fast at, best first."""
 MAX_STEP_FRACTION = 0.05
-"""A search step is at most this share of the base width, or the wanted size could be missed by too much."""
+"""Largest search step, as a share of the base width: a larger one could miss the wanted size by too much."""
 SIZE_TOLERANCE = 0.01
-"""Among widths this close to the wanted size, those win that meet `FFN_EXPONENT` best."""
+"""Deviation from the wanted size up to which widths compete by how well they meet `FFN_EXPONENT`."""
 FFN_EXPONENT = 1.5
-"""The share of the ffn that is kept is that of the residual stream to this power. For SmolLM2-135M 2.8 was best after
-50 steps, with 1.6 behind it by 0.02 nats and 0.9 by 0.08 (docs/recipe.md). Llama-3.1-Minitron-4B has 1.5: Sreenivas et
-al., arXiv:2408.11796."""
+"""Power of the residual stream's kept share that gives the ffn's. For SmolLM2-135M 2.8 was best after 50 steps, with
+1.6 behind it by 0.02 nats and 0.9 by 0.08 (docs/recipe.md). Llama-3.1-Minitron-4B has 1.5: Sreenivas et al.,
+arXiv:2408.11796."""
 
 
 def search_step(width: int, legal_multiple: int) -> int:
-    """The step between the widths that a search considers: legal, and as kernel-friendly as 5 % allows."""
+    """The step between widths in a search: legal, and as kernel-friendly as `MAX_STEP_FRACTION` allows."""
     steps = [math.lcm(legal_multiple, multiple) for multiple in KERNEL_MULTIPLES]
     return next((step for step in steps if step <= MAX_STEP_FRACTION * width), legal_multiple)
 
 
 def make_plan(family: Family, base_config: Config, config: PlanConfig) -> Plan:
-    """The widths that the settings ask for, in whichever of the three ways; half of the parameters by default."""
+    """The plan at the widths, the size or the share that the settings name; half of the parameters by default."""
     if config.hidden_size is not None and config.intermediate_size is not None:
         return plan_widths(family, base_config, config.hidden_size, config.intermediate_size)
     if config.target_params is not None:
@@ -37,7 +37,7 @@ def make_plan(family: Family, base_config: Config, config: PlanConfig) -> Plan:
 
 
 def plan_widths(family: Family, config: Config, hidden_size: int, intermediate_size: int) -> Plan:
-    """A plan at explicit widths, taken as they are when they are legal.
+    """A plan at explicit widths, which must be legal.
 
     Raises:
         RequestError: a width is out of range or the family's config class would refuse it; the nearest legal are named.
@@ -73,10 +73,10 @@ def plan_parameters(family: Family, config: Config, target: float, wanted: str) 
     """The legal widths closest to `target` parameters; among those within 1 % the ones that meet `FFN_EXPONENT` best.
 
     Args:
-        wanted: how the user asked for it, for errors.
+        wanted: the user's words for it, for errors.
 
     Raises:
-        RequestError: the target is out of what the legal widths can reach.
+        RequestError: no legal widths reach the target.
     """
     count = _parameter_count(family, config)
     base_hidden, base_ffn = config["hidden_size"], config["intermediate_size"]

@@ -45,7 +45,7 @@ def open_training(run: Run, start: Start, tokens: TokenSets, cached_teacher: Cac
     state = TrainingState(data=tokens.fingerprint, sequences_per_step=run.sequences_per_step)
     if run.checkpoint is not None:
         state = load_checkpoint(*run.checkpoint, optimizer)
-        console.say(f"resuming at step {state.step}")
+        console.info(f"resuming at step {state.step}")
     return Training(
         config=config,
         folder=run.folder,
@@ -141,7 +141,7 @@ def _engine(run: Run, model: torch.nn.Module) -> Engine | None:
 
     assert isinstance(run.group, ProcessGroup)
     if run.engine.moved_to_stage_1:
-        console.say("deepspeed: bf16 at ZeRO stage 0 runs as stage 1, which keeps the weights that pcscale sets")
+        console.info("deepspeed: bf16 at ZeRO stage 0 runs as stage 1, which keeps the weights that pcscale sets")
     return DeepSpeedEngine(model, run.engine, run.group)
 
 

@@ -145,7 +145,7 @@ class _Job:
         wanted = config.wanted_sequences(self.group.topology.world_size)
         vocab_size = self.run.base.config["vocab_size"]
         self.tokens = prepare_tokens(config, self.run.tokenizer, self.folder.path, wanted, vocab_size)
-        console.say(
+        console.info(
             f"data: {self.tokens.train_NT.numel():,} training tokens, "
             f"{self.tokens.validation_MT.numel():,} held-out tokens"
         )
@@ -198,12 +198,12 @@ class _Job:
         with self._phase("evaluate"):
             result = evaluate_base(run.base, run.plan.base_parameters, self.held_out, batch, run.device, run.base_dtype)
         self._add_evaluation(base=result)
-        console.say(f"base: held-out loss {result.loss:.4f}")
+        console.info(f"base: held-out loss {result.loss:.4f}")
 
     def train(self, start: Start) -> None:
         config, manifest = self.config, self.run.manifest
         if manifest and manifest.step >= config.max_steps:
-            console.say(f"training is complete at step {manifest.step}")
+            console.info(f"training is complete at step {manifest.step}")
             on_first_rank(self.group, lambda: cut_metrics(self.folder.metrics, manifest.step))
             return
         on_first_rank(self.group, self.folder.forget_merged)
@@ -236,7 +236,7 @@ class _Job:
         loss = evaluate_now(training, "evaluate start")
         result = self.held_out.result(loss, self.run.plan.parameters, time.monotonic() - started)
         self._add_evaluation(start=result)
-        console.say(f"start ({self.config.start}): held-out loss {result.loss:.4f}")
+        console.info(f"start ({self.config.start}): held-out loss {result.loss:.4f}")
 
     def merge(self) -> None:
         config = self.config

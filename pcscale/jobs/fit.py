@@ -1,4 +1,4 @@
-"""Whether a run can fit where it is started, before any work: memory, disk, the merge's cap, and its writer."""
+"""Checks that a run fits where it is started, before any work: memory, disk, the merge's cap, and its writer."""
 
 import os
 import tempfile
@@ -56,7 +56,7 @@ def predict(run: Run) -> dict[str, Any]:
 
 
 def _devices(prediction: Prediction) -> list[dict[str, Any]]:
-    """Whether one GPU of each size would do, and what would have to change."""
+    """One GPU of each size: if it would do, and what would have to change."""
     config = prediction.config
     plain = config.model_copy(
         update={"deepspeed": None, "base_home": "disk" if config.base_home == "zero" else config.base_home}
@@ -142,7 +142,7 @@ def _limits(folder: RunFolder, deployment: Deployment) -> list[tuple[str, str, L
 def say_plan(document: dict[str, Any], run: Run) -> None:
     """Print the plan, and the limits that it fits."""
     base, compressed = document["base"], document["compressed"]
-    console.say(
+    console.info(
         f"{base['name']}: {base['parameters']:,} → {compressed['parameters']:,} parameters "
         f"({compressed['keep_fraction']:.1%}), hidden {compressed['hidden_size']}, "
         f"ffn {compressed['intermediate_size']}"
@@ -150,15 +150,15 @@ def say_plan(document: dict[str, Any], run: Run) -> None:
     for label, key, limit, sharing in _limits(run.folder, deployment_of(run)):
         of = "" if limit.num_bytes is None else f" of {format_bytes(limit.num_bytes)} ({limit.source})"
         peaks = ", ".join(f"{phase} {format_bytes(peak[key] * sharing)}" for phase, peak in document["peak"].items())
-        console.say(f"predicted {label}{of}: {peaks}")
+        console.info(f"predicted {label}{of}: {peaks}")
     held = document["phases"]["train"]["components"]
     in_memory = [(part["bytes"], name) for name, part in held.items() if part["home"] != "disk"]
     largest = sorted(in_memory, reverse=True)[:5]
-    console.say("training holds most for: " + ", ".join(f"{name} {format_bytes(size)}" for size, name in largest))
+    console.info("training holds most for: " + ", ".join(f"{name} {format_bytes(size)}" for size, name in largest))
     seconds = document["step_seconds"]
     if seconds is not None:
         whole = format_seconds(seconds[TOTAL] * run.config.max_steps)
-        console.say(f"predicted time on this machine: {seconds[TOTAL]:.1f} s a step, {whole} of training")
+        console.info(f"predicted time on this machine: {seconds[TOTAL]:.1f} s a step, {whole} of training")
 
 
 def check_requests(run: Run) -> None:

@@ -131,7 +131,7 @@ def _bind(folder: Path, manifest: TeacherManifest, base: MappedBase) -> TeacherM
     """Read the base once, and compare it, or write down which it is; then look at what is there."""
     if manifest.base_fingerprints:
         base.expect(manifest.base_fingerprints, f"that {folder} was made from")
-    console.say(f"reading {base.name} once, to know it again")
+    console.info(f"reading {base.name} once, to know it again")
     fingerprints = base.check_all()
     # A shard that somebody has removed is made again.
     kept = {name: found for name, found in manifest.shards.items() if (folder / name).exists()}
@@ -154,12 +154,12 @@ def _fill(
             missing.append(row)
             seen.add(key)
     if not missing:
-        console.say(f"{folder} is complete: it holds all {len(ids_NT):,} sequences")
+        console.info(f"{folder} is complete: it holds all {len(ids_NT):,} sequences")
         return manifest, 0
     _check_disk(folder, manifest, len(missing))
     each = _shard_sequences(manifest, model)
     shards = torch.tensor(missing).split(each)
-    console.say(
+    console.info(
         f"{len(missing):,} of {len(ids_NT):,} sequences to ask the base about, {len(shards[0])} in a shard of "
         f"{len(shards)}; each of its weights is read once a shard"
     )

@@ -29,7 +29,7 @@ def verify(run: Path) -> dict[str, Any]:
     if checkpoint is None:
         raise RequestError(f"{run} has no checkpoint yet. Train first.")
     config = check_values(read_values(folder.settings), str(folder.settings))
-    merged = folder.merged if folder.merged.exists() and _merged_step(folder) == checkpoint.name else None
+    merged = folder.merged if folder.merged.exists() and _merged_step(folder) in (None, checkpoint.name) else None
     if merged is None:
         console.warn(f"{folder.merged} is not of the last checkpoint: merged weights were not compared")
     base = MappedBase(resolve_base(config.base))
@@ -44,5 +44,5 @@ def verify(run: Path) -> dict[str, Any]:
 
 
 def _merged_step(folder: RunFolder) -> str | None:
-    """The checkpoint that `merged` was made from; None: nothing was merged."""
+    """The checkpoint that `merged` was made from; None: nobody wrote it down."""
     return read_json(folder.merge_result).get("checkpoint") if folder.merge_result.exists() else None

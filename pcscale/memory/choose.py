@@ -19,7 +19,6 @@ from pcscale.config.schema import PlanConfig
 from pcscale.memory.deployment import Deployment, ModelSplit
 from pcscale.memory.predict import Prediction
 from pcscale.memory.shared import KNOBS
-from pcscale.memory.speed import TOTAL, Speed, step_seconds
 from pcscale.memory.work import Work
 
 RESOURCES = {"device": "device memory", "host": "host memory", "disk": "disk"}
@@ -123,8 +122,8 @@ def choose(
 
     Args:
         prediction: of the plan and of settings whose other keys than `KNOBS` stay as they are.
-        forms: what DeepSpeed's files make of the model, by the name that run.yaml gives them, cheapest in traffic
-            first: the choice for several GPUs.
+        forms: the ways to split the model among several GPUs, cheapest in traffic first, by the names that run.yaml
+            gives DeepSpeed's files.
         given: knobs that stay as well, but for how a step's sequences are cut into micro batches.
 
     Raises:
@@ -210,7 +209,7 @@ def _kept(config: PlanConfig, given: Collection[str]) -> dict[str, Any]:
 
 
 def _keeps_cap(prediction: Prediction) -> bool:
-    """Whether records keep `pinned_memory`, as projection/residency.py asks."""
+    """True if records keep `pinned_memory`, as projection/residency.py asks."""
     config, owned = prediction.config, prediction.owned
     if config.pinned_memory is None or config.residency == "device":
         return True
@@ -218,7 +217,7 @@ def _keeps_cap(prediction: Prediction) -> bool:
 
 
 def _allowed(config: PlanConfig, state: Mapping[str, str]) -> bool:
-    """Whether records in this format are no more exact than those that were asked for."""
+    """True if records in this format are no more exact than those that were asked for."""
     return not (config.record_dtype == "bfloat16" and state["record_dtype"] == "float32") and not (
         config.moments == "8bit" and state["moments"] == "32bit"
     )
@@ -251,12 +250,8 @@ def _explain_refusal(found: list[Choice], config: PlanConfig, budget: Budget, gi
     return message + f"It would fit with {RESOURCES[name]} {format_bytes(possible[name])} ({possible[name]} bytes)."
 
 
-def reasons(choice: Choice, default: PlanConfig, budget: Budget, speed: Speed | None = None) -> dict[str, str]:
-    """Why each setting is not what it would have been: what the other one would take.
-
-    Args:
-        speed: of a machine that was measured, whose seconds are said beside.
-    """
+def reasons(choice: Choice, default: PlanConfig, budget: Budget) -> dict[str, str]:
+    """The reason for each setting that is not what it would have been: what the other one would take."""
     found = {}
     for key in KNOBS:
         other = getattr(default, key)
@@ -274,12 +269,12 @@ def reasons(choice: Choice, default: PlanConfig, budget: Budget, speed: Speed | 
             taken, limit = format_bytes(instead.needs[over[0]]), format_bytes(budget.limits[over[0]])
             found[key] = f"{_word(other)} would take {taken} of {limit} {RESOURCES[over[0]]}"
         else:
-            found[key] = f"{_word(other)} fits too, and {_compared(instead, choice, speed)}"
+            found[key] = f"{_word(other)} fits too, and {_compared(instead, choice)}"
     return found
 
 
-def _compared(instead: Choice, choice: Choice, speed: Speed | None) -> str:
-    """What other settings compute and move that the chosen ones do not."""
+def _compared(instead: Choice, choice: Choice) -> str:
+    """The operations and bytes of other settings that the chosen ones save."""
     ours, others = choice.prediction.work, instead.prediction.work
     flops = (others.train_flops + others.sweep_flops) / (ours.train_flops + ours.sweep_flops)
     bus = "over the bus" if choice.prediction.deployment.on_gpu else "within memory"
@@ -292,9 +287,6 @@ def _compared(instead: Choice, choice: Choice, speed: Speed | None) -> str:
     parts = ["computes in float32"] if choice.config.bf16 and not instead.config.bf16 else []
     parts += [f"computes {flops:.2f} × the FLOPs"] if flops >= SAME_COST else []
     parts += [f"moves {' and '.join(moved)} a step"] if moved else []
-    seconds = [step_seconds(one.prediction, speed) if speed else None for one in (instead, choice)]
-    if seconds[0] and seconds[1]:
-        parts.append(f"takes {seconds[0][TOTAL] / seconds[1][TOTAL]:.2f} × the time on this machine")
     return ", ".join(parts) or "costs about the same"
 
 

@@ -35,7 +35,7 @@ def total(parts: Iterable[Part], *placements: str) -> int:
 
 
 class ModelSplit(Protocol):
-    """How several ranks keep the compressed model (distributed/zero_form.py)."""
+    """A way for several ranks to keep the compressed model (distributed/zero_form.py)."""
 
     @property
     def stage(self) -> int: ...

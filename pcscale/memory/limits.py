@@ -1,4 +1,4 @@
-"""How much memory and disk there is: the machine's, or the least that a cgroup or a resource limit leaves of it.
+"""Limits on memory and disk: the machine's, or the least that a cgroup or a resource limit leaves of it.
 
 Nothing here guesses. What cannot be read is passed over, warned of once, and named in the `source` of the limit that
 was found without it.
@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -21,7 +21,7 @@ from pcscale.common.console import console
 _ROOT = Path("/")
 _GPU_FILES = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/kfd")
 _UNLIMITED_BYTES = 2**60
-"""A limit from here on is none: cgroups v1 say so with the largest multiple of a page."""
+"""A limit from here on is none: in cgroups v1 that is the largest multiple of a page."""
 _V1 = ("sys/fs/cgroup/memory", ("memory.limit_in_bytes",), ("total_rss", "total_shmem"))
 _V2 = (
     "sys/fs/cgroup",
@@ -66,8 +66,8 @@ def host_limit(root: Path = _ROOT) -> Limit:
 
 
 def host_in_use(root: Path = _ROOT) -> int:
-    """What counts now against the limit that `host_limit` names, page cache aside, whichever processes hold it; where
-    that cannot be read, what the machine has in use."""
+    """Memory that counts now against the limit that `host_limit` names, page cache aside, whichever processes hold it;
+    where that cannot be read, all that the machine has in use."""
     problems: list[str] = []
     used = _smallest(root, problems).in_use()
     _warn(problems)
@@ -77,17 +77,15 @@ def host_in_use(root: Path = _ROOT) -> int:
 def host_left(root: Path = _ROOT) -> Limit:
     """The least that any limit on host memory leaves now: not always the smallest one, which others may not share."""
     problems: list[str] = []
-    left = [
-        (max(0, bound.num_bytes - used), bound.source)
-        for bound in _bounds(root, problems)
-        if (used := bound.in_use()) is not None
-    ]
-    num_bytes, source = min(left)
+    bounds = [(bound, bound.in_use()) for bound in _bounds(root, problems)]
+    num_bytes, source = min(
+        (max(0, bound.num_bytes - used), bound.source) for bound, used in bounds if used is not None
+    )
     return Limit(num_bytes, _sourced(source, problems))
 
 
 def disk_free(path: Path) -> Limit:
-    """What an ordinary user may still write under a path, there already or not. A user's quota is not known."""
+    """Disk that an ordinary user may still fill under a path, there already or not. A user's quota is not known."""
     folder = path.absolute()
     while True:
         try:
@@ -111,7 +109,7 @@ def device_limit(root: Path = _ROOT) -> Limit:
 
 
 def device_in_use() -> int:
-    """What all processes hold of this process's GPU; 0 where there is none."""
+    """Memory of this process's GPU that all processes hold; 0 where there is none."""
     if device_limit().num_bytes is None:
         return 0
     import torch
@@ -133,15 +131,13 @@ def _bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
     ):
         soft = resource.getrlimit(kind)[0]
         if 0 <= soft < _UNLIMITED_BYTES:
-            yield _Bound(soft, name, lambda counter=counter: getattr(psutil.Process().memory_info(), counter, None))
+            yield _Bound(soft, name, partial(_process_bytes, counter))
 
 
 def _cgroup_bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
     """The limits of the process's memory cgroup and of its ancestors, as far as a container sees them."""
-    lines = (_read(root / "proc/self/cgroup", problems, needed=False) or "").splitlines()
-    paths = {
-        controllers: path for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1)
-    }
+    lines = [line.split(":", 2) for line in (_read(root / "proc/self/cgroup", problems, False) or "").splitlines()]
+    paths = {parts[1]: parts[2] for parts in lines if len(parts) == 3}
     v1 = next((path for controllers, path in paths.items() if "memory" in controllers.split(",")), None)
     path = paths.get("") if v1 is None else v1
     if path is None:
@@ -158,21 +154,21 @@ def _cgroup_bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
                 problems.append(f"{folder / name} holds {text[:40]!r}")
             elif text != "max" and int(text) < _UNLIMITED_BYTES:
                 label = f"cgroup {PurePosixPath('/') / part}, {name}"
-                yield _Bound(int(text), label, lambda folder=folder: _held(folder, held, problems))
+                yield _Bound(int(text), label, partial(_held, folder, held, problems))
 
 
 def _held(folder: Path, names: tuple[str, ...], problems: list[str]) -> int | None:
     """Bytes that count against a cgroup's limit now, page cache aside; None: they cannot be read."""
     text = _read(folder / "memory.stat", problems)
-    if text is None:
-        return None
-    stat = {
-        pair[0]: int(pair[1]) for pair in map(str.split, text.splitlines()) if len(pair) == 2 and pair[1].isdecimal()
-    }
-    if names[0] not in stat:
+    pairs = [line.split() for line in (text or "").splitlines()]
+    stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+    if text is not None and names[0] not in stat:
         problems.append(f"{folder / 'memory.stat'} states no {names[0]}")
-        return None
-    return sum(stat.get(name, 0) for name in names)
+    return sum(stat.get(name, 0) for name in names) if names[0] in stat else None
+
+
+def _process_bytes(counter: str) -> int | None:
+    return getattr(psutil.Process().memory_info(), counter, None)
 
 
 def _machine_in_use() -> int:
@@ -184,12 +180,10 @@ def _read(path: Path, problems: list[str], needed: bool = True) -> str | None:
     """A small file of the kernel's; None: it cannot be read, which is a problem unless it is absent and not needed."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if needed:
-            problems.append(f"{path}: {error.strerror}")
     except OSError as error:
-        problems.append(f"{path}: {error.strerror}")
-    return None
+        if needed or not isinstance(error, FileNotFoundError | NotADirectoryError):
+            problems.append(f"{path}: {error.strerror}")
+        return None
 
 
 def _sourced(source: str, problems: list[str]) -> str:

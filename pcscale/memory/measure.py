@@ -1,7 +1,7 @@
 """Memory and time that a run really takes, by phase, stage and component, and memory over time.
 
 A thread samples the process some dozen times a second. Components that the ledger knows (common/ledger.py) are exact;
-working memory is the difference to what the process holds. Device peaks are the allocator's own, also exact.
+working memory is the difference to the memory that the process holds. Device peaks are the allocator's own, also exact.
 """
 
 import threading
@@ -39,9 +39,11 @@ class Series:
 
     @property
     def last_seconds(self) -> float:
+        """The time of the last sample; 0 before the first."""
         return self.samples[-1].seconds if self.samples else 0.0
 
     def add(self, sample: Sample) -> None:
+        """Take a sample, later than all others."""
         if self._left == self._stretch:
             self.samples.append(sample)
             self._thin_out()
@@ -57,11 +59,12 @@ class Series:
             self._left = self._stretch
 
     def write(self, path: Path) -> None:
+        """Replace memory.json."""
         write_document(path, MemorySamples(self.samples))
 
     @classmethod
     def read(cls, path: Path) -> "Series":
-        """Go on with what `write` left; where there is nothing, an empty one.
+        """The series that `write` left; an empty one where there is no file.
 
         Raises:
             RequestError: the file is broken.

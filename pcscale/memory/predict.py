@@ -32,7 +32,7 @@ def totals(parts: Parts) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Prediction(Stages):
-    """Everything that can be said of a run before it starts, from its plan, its settings and its deployment."""
+    """Everything that is known of a run before it starts, from its plan, its settings and its deployment."""
 
     def varied(self, **knobs: Any) -> "Prediction":
         """The prediction with other values of some `KNOBS`; it shares what does not depend on them."""
@@ -41,7 +41,7 @@ class Prediction(Stages):
 
     @cached_property
     def phases(self) -> dict[str, Parts]:
-        """What each phase holds at its peak."""
+        """The parts of each phase at its peak."""
         first = "device_bytes" if self.deployment.on_gpu else "host_bytes"
         return {
             "calibrate": self.calibrate,
@@ -77,7 +77,7 @@ class Prediction(Stages):
 
     @shared("base_precision", "record_dtype", "moments", "residency")
     def disk(self) -> dict[str, dict[str, int]]:
-        """What lies in the run folder at most, by phase. Units: bytes."""
+        """The most that lies in the run folder, by phase. Units: bytes."""
         config, in_files = self.config, self._records_in_files
         coded = {"8-bit base": self.base_bytes * (config.base_precision == "int8")}
         one = self.checkpoint_bytes
@@ -158,7 +158,7 @@ class Prediction(Stages):
 
     @property
     def work(self) -> Work:
-        """What one rank's step computes and moves."""
+        """One rank's share of a step."""
         config, deployment, moved = self.config, self.deployment, self.moved
         ranks, on_gpu, zero = deployment.ranks, deployment.on_gpu, deployment.zero
         plan, again = self.plan, config.gradient_accumulation_steps - 1

@@ -17,7 +17,7 @@ _RSS = {name: re.compile(rb"Rss" + name + rb":\s+(\d+) kB") for name in (b"Anon"
 
 
 def _resident(name: bytes) -> int | None:
-    """Resident memory of this process of one kind; None: the system does not say."""
+    """Resident memory of this process of one kind; None: the system does not tell."""
     try:
         match = _RSS[name].search(_STATUS.read_bytes())
     except OSError:
@@ -51,7 +51,7 @@ def file_bytes() -> int | None:
 
 
 def unique_bytes() -> int | None:
-    """Memory that would be free if this process ended (USS); None: the system does not say. Takes milliseconds."""
+    """Memory that would be free if this process ended (USS); None: the system does not tell. Takes milliseconds."""
     try:
         return psutil.Process().memory_full_info().uss
     except (psutil.Error, OSError, AttributeError):  # No /proc, or a system without USS.

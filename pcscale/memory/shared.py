@@ -89,7 +89,7 @@ class SharedSizes:
 
     @property
     def projects(self) -> bool:
-        """Whether there are records; hard pruning has none."""
+        """True if there are records; hard pruning has none."""
         return self.config.method == "projected"
 
     @property

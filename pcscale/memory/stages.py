@@ -1,6 +1,6 @@
-"""What each phase and each stage of training holds at its peak, part by part, from configs alone. Needs no torch.
+"""The memory of each phase and each stage of training at its peak, part by part, from configs alone. Needs no torch.
 
-What is alive at a time makes a stage: training's stages follow each other, and its peak is the largest of them.
+Everything that is alive at a time makes a stage: training's stages follow each other, and its peak is the largest.
 Placements are those of memory/deployment.py; the mapped base is file-backed memory, which no budget here counts.
 """
 
@@ -70,11 +70,11 @@ _BASE_PLACEMENTS = {"device": "device", "cpu": "pinned", "zero": "host", "disk":
 
 @dataclass(frozen=True)
 class Stages(SharedSizes):
-    """What one rank of a run holds, by phase and by stage of training."""
+    """The memory of one rank of a run, by phase and by stage of training."""
 
     @cached_property
     def training(self) -> dict[str, Parts]:
-        """What training holds at the peak of each stage."""
+        """The parts of each stage of training at its peak."""
         held = self._held
         full = held | {name: part for name, part in self._model.items() if name in _PASSING}
         before = full if self.config.gradient_accumulation_steps > 1 else held
@@ -103,7 +103,7 @@ class Stages(SharedSizes):
 
     @shared("bf16", "per_device_train_batch_size", "base_precision", "moments")
     def calibrate(self) -> Parts:
-        """What the layer-major pass over the base holds; scores by magnitude or at random need less."""
+        """The layer-major pass over the base; scores by magnitude or at random need less."""
         moments, base, kept = self.plan.base_sizes[RESIDUAL] ** 2, self.plan.base_sizes[FFN], self.plan.sizes[FFN]
         # Those of one ffn, and its least squares in float64.
         solved = base * base + kept * base + 2 * (2 * kept * kept + 2 * self.rebuilt_values)
@@ -113,7 +113,7 @@ class Stages(SharedSizes):
 
     @shared("bf16", "per_device_train_batch_size", "base_precision", "moments")
     def evaluate(self) -> Parts:
-        """What evaluating holds: of the base, layer by layer, or of the merged model, whichever is more."""
+        """The evaluation of the base, layer by layer, or of the merged model, whichever holds more."""
         merged = Part("device", self.plan.parameters * self.weight_bytes)
         of_base = self._base_pass("evaluate") | {LOGITS: self._logits(3)}
         of_merged = {
@@ -129,7 +129,7 @@ class Stages(SharedSizes):
 
     @shared("base_precision", "moments")
     def merge(self) -> Parts:
-        """What merging holds, on the host alone."""
+        """The merge, on the host alone."""
         buffers = working.merge_need_bytes(self.plan, self.config.rank, self.config.rotates)
         return self.deployment.settle({**self._libraries("merge"), BUFFERS: Part("host", buffers)})
 
@@ -243,7 +243,7 @@ class Stages(SharedSizes):
 
     @shared("bf16", "base_precision", "record_dtype", "moments", "base_home")
     def _visit(self) -> Parts:
-        """What the sweep holds at a time beside records, base and gradients."""
+        """The sweep's own parts, beside records, base and gradients."""
         if not self.projects:
             return {}
         form, value = record_format(self.config), self.product_bytes

@@ -1,4 +1,4 @@
-"""What one step computes and moves on one rank: what settings are ranked by, and what a measured speed is applied to.
+"""The work of a step on one rank, computed and moved: settings are ranked by it, and measured speeds apply to it.
 
 Needs no torch. Not counted: evaluations and checkpoints; host memory as a cache of files (what lives on disk is read
 from the disk in every step).

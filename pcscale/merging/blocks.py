@@ -1,4 +1,4 @@
-"""One compressed weight from mapped files, in blocks: what is anonymous memory does not grow with the matrix's area.
+"""One compressed weight from mapped files, in blocks: anonymous memory does not grow with the matrix's area.
 
 Blocks are a pure function of shapes, so every memory cap and shard size gives the same bytes.
 
@@ -16,17 +16,18 @@ from pcscale.projection.costs import out_side_first
 
 
 def blocks(size: int) -> Iterator[slice]:
+    """Slices that cut rows or columns into blocks."""
     return (slice(start, min(start + MERGE_BLOCK, size)) for start in range(0, size, MERGE_BLOCK))
 
 
 class Workspace:
-    """Float32 buffers that are used again from block to block: fresh memory costs more than what is written into it."""
+    """Float32 buffers that are used again from block to block: fresh memory costs more than writing into it."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """`[rows, columns]`, uninitialised, in the memory that `name` had before."""
+        """A buffer `[rows, columns]`, uninitialised, in the memory that `name` had before."""
         if self._buffers.get(name, torch.empty(0)).numel() < rows * columns:
             self._buffers.pop(name, None)  # Let go before taking more.
             self._buffers[name] = torch.empty(rows * columns)
@@ -46,7 +47,7 @@ def compose_into(
         out_oi: `[o, i]`, most often a mapped file that is being written.
         weight: the base weight, most often mapped.
         projection: in the records' dtype, most often mapped. Products are float32.
-        workspace: used again from matrix to matrix; None: one for this matrix.
+        workspace: buffers to use, and to use again for the next matrix; None: new ones.
     """
     o, i = out_oi.shape
     compose = _out_side_first if out_side_first(weight.shape, (o, i), projection.rank) else _in_side_first
@@ -104,7 +105,7 @@ def _out_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, s
 
 
 def _factor_in(side: Side, columns: slice, out_Ib: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Columns of what multiplies: D_in in float32, and a dense S with it. A D of low rank is formed block by block."""
+    """Columns of the in side's factor, float32: D_in, plus S where that is dense. A low-rank D is formed by blocks."""
     if len(side.factors) == 1:
         out_Ib.copy_(side.factors[0][:, columns])
     else:
@@ -114,7 +115,7 @@ def _factor_in(side: Side, columns: slice, out_Ib: torch.Tensor, space: Workspac
 
 
 def _factor_out(side: Side, rows: slice, out_bO: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Rows of what multiplies from the out side, likewise."""
+    """Rows of the out side's factor, float32: D_out, plus S where that is dense. A low-rank D is formed by blocks."""
     if len(side.factors) == 1:
         out_bO.copy_(side.factors[0][rows])
     else:
@@ -124,7 +125,7 @@ def _factor_out(side: Side, rows: slice, out_bO: torch.Tensor, space: Workspace)
 
 
 def _multiply(result: torch.Tensor, X: torch.Tensor, factor: torch.Tensor, side: Side, block: slice, dim: int) -> None:
-    """`result = factor @ X` (dim 0) or `X @ factor` (dim 1), in its memory, and the kept entries where S selects."""
+    """Compute `result = factor @ X` (dim 0) or `X @ factor` (dim 1) in place, plus X's kept entries where S selects."""
     left, right = (factor, X) if dim == 0 else (X, factor)
     if side.selects:
         torch.addmm(X.index_select(dim, side.start[block]), left, right, out=result)

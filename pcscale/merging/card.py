@@ -1,4 +1,4 @@
-"""The model card of a merged model: what it was made from, how, and how well it did."""
+"""The model card of a merged model: its base, its making and its losses."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
     """Write README.md with the Hub's front matter: base_model, licence, tags.
 
     Args:
-        checkpoint: its trainer.json, where there is one, gives data, losses and settings.
+        checkpoint: the checkpoint, whose trainer.json, where there is one, has data, losses and settings.
     """
     trainer = read_json(checkpoint / TRAINER_NAME) if (checkpoint / TRAINER_NAME).exists() else {}
     plan = manifest.plan
@@ -62,7 +62,7 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
 
 
 def base_licence(folder: Path) -> str | None:
-    """The licence that the base's own card names; None where it names none."""
+    """The licence in the base's own card; None: the card names none."""
     card = folder / "README.md"
     match = (
         re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Which tensor of the merged model goes into which file. Known before the first byte is computed."""
+"""The files of a merged model and the tensors in each. Known before the first byte is computed."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Shard:
 
 
 def lay_out(plan: Plan, dtypes: dict[str, torch.dtype], max_shard_bytes: int) -> list[Shard]:
-    """Tensors in the order of the family's table, files as full as the limit allows; a larger tensor stands alone."""
+    """Fill files with tensors in the order of the family's table, up to the limit; a larger tensor stands alone."""
     groups: list[list[PlannedWeight]] = []
     room = 0
     for planned in plan.weights:
@@ -38,4 +38,5 @@ def lay_out(plan: Plan, dtypes: dict[str, torch.dtype], max_shard_bytes: int) ->
 
 
 def tensor_bytes(planned: PlannedWeight, dtypes: dict[str, torch.dtype]) -> int:
+    """Bytes of a tensor in the merged model."""
     return math.prod(planned.shape) * dtypes[planned.name].itemsize

@@ -1,7 +1,7 @@
 """Merging: a checkpoint and the base's shards into an ordinary Hugging Face checkpoint, one matrix at a time.
 
-The output is built in a hidden folder beside its place and gets its name when it is whole; a killed merge goes on from
-its finished shards with `resume`. Neither a GPU nor transformers is needed.
+The output is built in a hidden folder beside its final one and gets its name when it is whole; a killed merge goes on
+from its finished shards with `resume`. Neither a GPU nor transformers is needed.
 """
 
 import shutil
@@ -72,7 +72,7 @@ SIDECARS = (
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did. Units: bytes, seconds."""
+    """The report of a merge. Units: bytes, seconds."""
 
     output: str
     tensors: int
@@ -85,13 +85,13 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where the merged weights come from."""
+    """The origin of the merged weights."""
 
     checkpoint: Path
     manifest: Manifest
     plan: Plan
     base: MappedBase
-    weights: MappedBase | Int8Base  # what the training saw of the base's matrices
+    weights: MappedBase | Int8Base  # the base's matrices as training saw them
     fixed: FixedTensors
     outer: TensorReader
     workspace: Workspace
@@ -111,10 +111,10 @@ def merge(
 
     Args:
         checkpoint: a step-… folder.
-        base: the base that it was trained on; it is compared tensor by tensor as it is read.
-        output: the folder to be; new or empty unless `replace`.
+        base: the base that it was trained on, compared tensor by tensor as it is read.
+        output: the folder to write; new or empty unless `replace`.
         max_memory_bytes: cap on anonymous memory, the interpreter's 300 MiB aside. It changes no byte of the output.
-        dtype: of every tensor; None: each keeps its base weight's.
+        dtype: every tensor's dtype; None: each keeps its base weight's.
         resume: go on from the finished shards of an earlier merge into the same folder.
 
     Raises:
@@ -163,7 +163,7 @@ def find_base(manifest: Manifest) -> BaseFolder:
     """The base that a checkpoint was trained on, by its name and revision; merging compares its hashes.
 
     Raises:
-        RequestError: it is not where its name says.
+        RequestError: there is no base of that name.
     """
     try:
         return resolve_base(manifest.base_name, manifest.base_revision)
@@ -172,10 +172,11 @@ def find_base(manifest: Manifest) -> BaseFolder:
 
 
 def try_writer(plan: Plan, base: MappedBase, folder: Path, max_shard_bytes: int) -> None:
-    """Open the largest file of a merge in a folder and discard it: the target can be written, and has room for it.
+    """Open the largest file of a merge in a folder and discard it, to prove that it can be written and has room.
 
     Raises:
-        RequestError, RunError: it cannot, or has not.
+        RequestError: the folder cannot be written.
+        RunError: the disk has no room.
     """
     dtypes = {planned.name: TORCH_DTYPES[base.dtype(planned.name)] for planned in plan.weights}
     shards = lay_out(plan, dtypes, max_shard_bytes)
@@ -195,10 +196,10 @@ def _shard_writer(path: Path, shard: Shard, dtypes: dict[str, torch.dtype]) -> S
 def trained_weights(
     checkpoint: Path, manifest: Manifest, base: MappedBase, beside: Path
 ) -> Iterator[MappedBase | Int8Base]:
-    """The base's matrices as the training saw them.
+    """The base's matrices as training saw them.
 
     8-bit codes come from the run's cache. Where the checkpoint was moved away from it they are made again, in a file
-    beside `beside` that goes when the block ends.
+    beside `beside` that is removed when the block ends.
     """
     if not manifest.coded_fingerprints:
         yield base
@@ -262,10 +263,10 @@ def _write_folder(
 
 
 def _finished_shards(staging: Path, key: dict[str, object]) -> dict[str, str]:
-    """The shards that an interrupted merge of the same things left whole."""
+    """The shards that an interrupted merge with this key left whole."""
     try:
         progress = read_json(staging / PROGRESS_NAME)
-    except RequestError:  # There is none, or it cannot be read: nothing to go on from.
+    except RequestError:  # Absent or unreadable: nothing to go on from.
         return {}
     if not isinstance(progress, dict) or progress.get("key") != key:
         return {}
@@ -300,10 +301,10 @@ def _write_shard(
 
 
 def _verified(source: _Source, planned: PlannedWeight) -> tuple[FrozenWeight | None, Path | None]:
-    """A base weight and its record's file, read once and found to be what the manifest says.
+    """A base weight and its record's file, read once and checked against the manifest.
 
-    This runs ahead on a thread: the disk and the hashing work while other matrices are multiplied. The base weight is
-    read even where no product needs it, so that another base is refused.
+    This runs ahead on a thread: disk and hashing work while other matrices are multiplied. The base weight is read even
+    where no product needs it, so that another base is refused.
     """
     source.base.tensor(planned.name)
     name = record_file(planned.name)
@@ -321,7 +322,7 @@ def _compose(source: _Source, planned: PlannedWeight, weight: FrozenWeight, path
 
 
 def _write_sidecars(source: _Source, staging: Path, shards: list[Shard], dtypes: dict[str, torch.dtype]) -> None:
-    """Everything beside the weights; the index, which makes the folder loadable, comes last."""
+    """Write everything but the weights; the index, which makes the folder loadable, comes last."""
     for pattern in SIDECARS:
         for file in source.base.folder.glob(pattern):
             if file.is_file():

@@ -1,4 +1,4 @@
-"""Whether a checkpoint and its merged model are what they claim: bytes, one step, weights and logits."""
+"""The checks of a checkpoint and its merged model: bytes, one step, and logits."""
 
 import functools
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEP_TOLERANCE = 1e-2
-"""The two steps round differently, and Adam divides by moments that may be tiny."""
+"""Allowed share of a step: the two steps round differently, and Adam divides by moments that may be tiny."""
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
-"""The rounding of the merged dtype."""
+"""Allowed share of the largest logit, for the rounding of the merged dtype."""
 _PROBE_RATE = 1e-3
 _PROBE_TOKENS = 64
 _STEP_CHECK = "streamed step, largest difference from the in-memory one (of the change)"
@@ -68,7 +68,7 @@ def check_bytes(checkpoint: Path, base: MappedBase) -> tuple[Manifest, list[Chec
 
 
 def check_models(checkpoint: Path, manifest: Manifest, base: MappedBase, merged: Path | None) -> list[Check]:
-    """Merged against live logits (where there is a merged model), and a streamed against an in-memory step.
+    """Compare merged with live logits (where there is a merged model), and a streamed step with an in-memory one.
 
     Memory: the compressed model in float32, twice with `merged`, and the records of one matrix of each shape.
     """
@@ -94,7 +94,7 @@ def _live(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) 
 
 
 def _record(checkpoint: Path, manifest: Manifest, planned: PlannedWeight) -> MatrixRecord:
-    """A matrix's record as it lies in the checkpoint: mapped."""
+    """A matrix's record in the checkpoint, mapped."""
     reader = TensorReader(read_header(manifest.file(checkpoint, record_file(planned.name)))[0])
     fixed = FixedSides.of(planned, read_fixed(checkpoint, manifest))
     return MatrixRecord.of(fixed, {name: reader.tensor(name) for name in reader.entries})
@@ -102,7 +102,7 @@ def _record(checkpoint: Path, manifest: Manifest, planned: PlannedWeight) -> Mat
 
 @torch.no_grad()
 def _check_logits(live: "PreTrainedModel", merged: Path, seed: int) -> Check:
-    """Both models in float32, on random tokens."""
+    """Compare both models in float32, on random tokens."""
     model = load_stock(merged, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(live.config.vocab_size, (1, _PROBE_TOKENS), generator=generator)
@@ -124,10 +124,10 @@ class _PartOfPlan(Plan):
 
 
 def _check_step(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) -> Check:
-    """One matrix of each shape takes a step on a random gradient, in the sweep and with autograd and torch's AdamW.
+    """Compare a step of the sweep with one of autograd and torch's AdamW, for one matrix of each shape.
 
-    Both begin with the checkpoint's values and moments and go on in float32: what is compared is the sweep, not the
-    rounding of records.
+    Both begin with the checkpoint's values and moments, take the same random gradient, and go on in float32, so that
+    the rounding of records does not count.
     """
     plan = manifest.plan
     probed = {(*planned.base_shape, *planned.shape): planned for planned in plan.matrices}.values()
@@ -175,7 +175,7 @@ def _add_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _in_float32(record: MatrixRecord) -> MatrixRecord:
-    """The same record with values and moments in float32, in memory."""
+    """A record with its values and moments in float32, in memory."""
 
     def whole(stored: Moment) -> torch.Tensor:
         return stored.decode() if isinstance(stored, Blockwise) else stored.to(torch.float32, copy=True)
@@ -190,7 +190,7 @@ def _in_float32(record: MatrixRecord) -> MatrixRecord:
 def _in_memory_step(
     W_OI: torch.Tensor, record: MatrixRecord, G_oi: torch.Tensor, optimizer: ProjectedAdamW
 ) -> torch.Tensor:
-    """The weight after a step that keeps every trainable value as an autograd leaf of torch's own AdamW."""
+    """The weight after a step of torch's own AdamW on every trainable value as an autograd leaf."""
     leaves = {name: part.value.clone().requires_grad_() for name, part in record.parts.items()}
     adamw = torch.optim.AdamW(leaves.values(), lr=_PROBE_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for name, part in record.parts.items():

@@ -1,4 +1,4 @@
-"""The compressed model: a stock transformers model at its new sizes."""
+"""The compressed model: a stock transformers model at the sizes of a plan."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,12 @@ def build_compressed(
     dtype: torch.dtype,
     gradient_dtype: torch.dtype | None = torch.float32,
 ) -> "PreTrainedModel":
-    """The stock model with the given weights, copied to the device.
+    """A stock model with the given weights, copied to the device.
 
     Args:
-        plan: its sizes.
+        plan: the plan with the model's sizes.
         tensors: every weight by name, in its compressed shape.
-        gradient_dtype: what the gradients of a bfloat16 model accumulate in, where torch can; None: an engine
+        gradient_dtype: the dtype that gradients of a bfloat16 model accumulate in, where torch can; None: an engine
             sees to that.
 
     Returns:
@@ -45,7 +45,7 @@ def build_compressed(
 
 
 def load_stock(folder: Path, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
-    """A checkpoint folder as users load it: stock transformers, nothing of pcscale.
+    """The model of a checkpoint folder, loaded by stock transformers as any user would.
 
     Raises:
         RequestError: transformers cannot load it.

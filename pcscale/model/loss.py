@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How the teacher counts: `(1 - weight) CE + weight temperature² KL(teacher ‖ model)` at that temperature.
+    """The teacher's share of the loss: `(1 - weight) CE + weight temperature² KL(teacher ‖ model)` at a temperature.
 
     Attributes:
-        head_VH: the teacher's head, where its whole distribution counts; None: its most likely tokens do.
+        head_VH: the teacher's head, where its whole distribution counts; None: only its most likely tokens do.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
     """
@@ -33,7 +33,7 @@ class Distillation:
 
 
 class NextTokenLoss(nn.Module):
-    """A stock causal model with its loss: token ids in, mean cross entropy out, with a teacher's share of it.
+    """A stock causal model with its loss: token ids in, mean cross entropy out, mixed with a teacher's divergence.
 
     The head is called as a module inside this one, chunk by chunk, and recomputed in the backward pass.
 
@@ -102,4 +102,4 @@ def top_divergence(log_q_NV: torch.Tensor, ids_Nk: torch.Tensor, log_p_Nk: torch
 
 
 _LEAST = 1e-6
-"""What float32 can leave to the tokens that are not among the most likely."""
+"""Least probability that float32 can leave to all tokens that are not among the most likely."""

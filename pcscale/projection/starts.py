@@ -215,7 +215,7 @@ def start_aux(
 
     Args:
         sides: on the device.
-        lost: rows of what the base's precision loses (method, section 3.3); None: nothing.
+        lost: rows of what the base's precision loses (docs/method.md, The base in 8 bits); None: nothing.
         stored: rows of the base weight, of a matrix that `rebuilds`.
 
     Returns:

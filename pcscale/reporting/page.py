@@ -32,6 +32,7 @@ def render_page(record: RunRecord, report: dict[str, Any], images: dict[str, byt
         "count": format_count,
         "seconds": format_seconds,
         "number": "{:,}".format,
+        "short": "{:.3f}".format,
         "signed": table.format_difference,
         "percent": table.format_percent,
     }

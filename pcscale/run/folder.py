@@ -70,6 +70,7 @@ class RunFolder:
         return any(path.exists() for path in (self.scores, self.metrics, self.checkpoints))
 
     def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after a step."""
         return self.checkpoints / f"{STEP_PREFIX}{step:08d}"
 
     def saved_steps(self) -> list[int]:
@@ -78,6 +79,7 @@ class RunFolder:
         return sorted(int(name.removeprefix(STEP_PREFIX)) for name in names if name[len(STEP_PREFIX) :].isdigit())
 
     def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint; None: there is none yet."""
         steps = self.saved_steps()
         return self.checkpoint(steps[-1]) if steps else None
 

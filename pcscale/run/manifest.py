@@ -51,10 +51,12 @@ class Manifest:
 
     @property
     def plan(self) -> Plan:
+        """The plan of the compressed model."""
         family = family_of(self.base_config, MANIFEST_NAME)
         return Plan(family, self.base_config, self.hidden_size, self.intermediate_size)
 
     def write(self, folder: Path) -> None:
+        """Write manifest.json into a checkpoint folder."""
         write_json(folder / MANIFEST_NAME, dataclasses.asdict(self))
 
     @classmethod

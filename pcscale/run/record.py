@@ -1,4 +1,4 @@
-"""The record of a run: everything that its files say of it, written part by part and read as one typed value."""
+"""The record of a run: everything that its files hold, written part by part and read as one typed value."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +140,7 @@ class Sample:
 
     @property
     def total(self) -> int:
+        """Host and device together."""
         return sum(self.host.values()) + sum(self.device.values())
 
 

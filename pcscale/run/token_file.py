@@ -33,6 +33,7 @@ class TokenFile:
 
     @property
     def sequence_length(self) -> int:
+        """Tokens in a sequence."""
         return self.train.shape[1]
 
 

@@ -82,7 +82,7 @@ def train(training: Training) -> None:
             row = _take_step(training)
             progress.advance(training.tokens_per_step, _progress_note(row, config))
             if state.step % config.logging_steps == 0 or "eval_loss" in row:
-                console.say(_describe(row, training))
+                console.info(_describe(row, training))
 
             def finish_step(row: dict[str, Any] = row) -> None:
                 log(row)

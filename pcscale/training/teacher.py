@@ -129,5 +129,5 @@ def open_cached_teacher(
     check = topology.local_rank == 0  # Once a host.
     # One by one: together they would be a second copy of the text.
     teacher = CachedTeacher(cache, settings, (train_NT[row] for row in seen.numpy()), more, check)
-    console.say(f"teacher: {len(seen):,} sequences found in {cache.folder}")
+    console.info(f"teacher: {len(seen):,} sequences found in {cache.folder}")
     return teacher

@@ -9,9 +9,8 @@ import torch
 
 from pcscale.common.errors import RequestError
 from pcscale.jobs import fit
-from pcscale.jobs.run import prepare
+from pcscale.jobs.run import open_run
 from pcscale.memory.limits import Limit
-from pcscale.run.folder import RunFolder
 from tests.runs import World, invoke, run_config, run_values, write_yaml
 
 MIB = 2**20
@@ -23,10 +22,10 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_beyond_the_memory_is_refused(little_memory: None, refuse: Callable[..., str]) -> None:
-    said = refuse(exit_code=3)
-    assert "the run does not fit: phase" in said
-    assert "of host memory, there is 100.0 MiB (a small machine)" in said
-    assert "--force" in said
+    message = refuse(exit_code=3)
+    assert "the run does not fit: phase" in message
+    assert "of host memory, there is 100.0 MiB (a small machine)" in message
+    assert "--force" in message
 
 
 def test_a_run_beyond_the_disk_is_refused(monkeypatch: pytest.MonkeyPatch, refuse: Callable[..., str]) -> None:
@@ -47,17 +46,17 @@ def test_a_run_that_others_leave_no_room_for_begins_with_a_warning(
 ) -> None:
     monkeypatch.setattr(fit, "host_left", lambda: Limit(MIB, "a busy machine"))
     monkeypatch.setattr(fit, "anonymous_bytes", lambda: 2 * MIB)
-    said = invoke("compress", write_yaml(tmp_path / "run.yaml", run_values(world, run)), "--dry-run")
-    assert said.exit_code == 0
-    assert "other processes leave 3.0 MiB of it now (a busy machine)" in " ".join(said.stderr.split())
+    outcome = invoke("compress", write_yaml(tmp_path / "run.yaml", run_values(world, run)), "--dry-run")
+    assert outcome.exit_code == 0
+    assert "other processes leave 3.0 MiB of it now (a busy machine)" in " ".join(outcome.stderr.split())
 
 
-def test_the_plan_is_said_with_the_limits_it_must_fit(world: World, run: Path, tmp_path: Path) -> None:
+def test_the_plan_is_printed_with_the_limits_it_must_fit(world: World, run: Path, tmp_path: Path) -> None:
     yaml = write_yaml(tmp_path / "run.yaml", run_values(world, run))
-    said = invoke("compress", yaml, "--dry-run").stderr
-    assert "predicted host memory of " in said
-    assert "predicted disk of " in said
-    assert "training holds most for: " in said
+    message = invoke("compress", yaml, "--dry-run").stderr
+    assert "predicted host memory of " in message
+    assert "predicted disk of " in message
+    assert "training holds most for: " in message
     assert not run.exists()
 
 
@@ -85,9 +84,9 @@ def test_a_snapshot_is_refused_by_the_torch_that_fails_with_it(
     monkeypatch: pytest.MonkeyPatch, world: World, run: Path
 ) -> None:
     config = run_config(world, run, memory_snapshot=True)
-    setup = replace(prepare(config), device=torch.device("cuda"))
+    opened = replace(open_run(config, resume=False), device=torch.device("cuda"))
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     with pytest.raises(RequestError, match=r"torch 2\.11\.0\+cu130 fails in the backward pass"):
-        fit.check_requests(setup, config, RunFolder(run))
+        fit.check_requests(opened)
     monkeypatch.setattr(torch, "__version__", "2.13.0")
-    fit.check_requests(setup, config, RunFolder(run))
+    fit.check_requests(opened)

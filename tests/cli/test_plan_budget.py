@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pcscale.config.files import resolve_deepspeed
 from pcscale.config.load import load_run_config
-from tests.runs import World, invoke, refusal
+from pcscale.memory.speed import speed_file, write_speed
+from tests.memory.speeds import HOST_SPEED
+from tests.runs import World, invoke, refusal, run_values, write_yaml
 
 GIB = 2**30
 
@@ -28,9 +31,9 @@ def test_the_written_file_holds_what_was_chosen_and_compress_takes_it(world: Wor
     assert report.exit_code == 0, report.stderr
 
 
-def test_what_was_said_on_the_command_line_is_not_chosen_anew(world: World, tmp_path: Path) -> None:
+def test_what_was_given_on_the_command_line_is_not_chosen_anew(world: World, tmp_path: Path) -> None:
     without = chosen(world, tmp_path / "without", "--device-memory", "24GB", "--host-memory", "24GB")
-    asked = ("base_home=device", "residency=disk", "moments=8bit")
+    asked = ("base_home=cpu", "residency=disk", "moments=8bit")
     document = chosen(world, tmp_path / "asked", "--device-memory", "24GB", "--host-memory", "24GB", *asked)
     values = yaml.safe_load((tmp_path / "asked" / "run.yaml").read_text())
     for setting in asked:
@@ -39,7 +42,7 @@ def test_what_was_said_on_the_command_line_is_not_chosen_anew(world: World, tmp_
         assert without["chosen"][key]["value"] != value
 
 
-def test_what_was_said_and_cannot_be_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
+def test_what_was_given_and_cannot_be_is_refused_before_anything_is_written(world: World, tmp_path: Path) -> None:
     asked = ["--device-memory", "24GB", "--gpus", "2", "gradient_home=cpu", "--write", tmp_path / "run.yaml"]
     assert "gradient_home cpu is for one process" in refusal("plan", world.base, *asked)
     assert not list(tmp_path.iterdir())
@@ -54,11 +57,12 @@ def test_without_data_the_file_says_how_to_name_it(world: World, tmp_path: Path)
     assert load_run_config(tmp_path / "run.yaml", [f"data.train={world.text}"]).data.train == [str(world.text)]
 
 
-def test_several_gpus_get_a_deepspeed_file_beside_the_settings(world: World, tmp_path: Path) -> None:
+def test_several_gpus_get_a_deepspeed_file_by_name_and_no_other_file(world: World, tmp_path: Path) -> None:
     document = chosen(world, tmp_path, "--device-memory", "24GB", "--gpus", "2", "--data", str(world.text))
-    file = tmp_path / str(document["chosen"]["deepspeed"]["value"])
-    assert json.loads(file.read_text())["zero_optimization"]["stage"] > 0
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["deepspeed"] == str(file)
+    name = load_run_config(tmp_path / "run.yaml").deepspeed
+    assert name == document["chosen"]["deepspeed"]["value"] == "zero1"
+    assert resolve_deepspeed(name).is_file()
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.yaml"]
 
 
 @pytest.mark.parametrize("size", ["-1", "lots", "24 XB", "0"])
@@ -90,16 +94,38 @@ def test_a_file_that_is_there_is_never_replaced(world: World, tmp_path: Path) ->
     assert (tmp_path / "run.yaml").read_text() == "mine"
 
 
-def test_an_unknown_machine_is_refused_with_the_known_ones(world: World) -> None:
-    said = refusal("plan", world.base, "--hardware", "abacus")
-    assert "'abacus' is no machine that pcscale knows" in said
-    assert "rtx-4090" in said
+def test_a_machine_that_was_not_measured_has_no_times(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCSCALE_CACHE", str(tmp_path / "cache"))
+    assert json.loads(invoke("plan", world.base, "--json").stdout)["step_seconds"] is None
+    found = chosen(world, tmp_path, "--host-memory", "4GiB", "base_home=cpu", "residency=disk")
+    assert "time" not in str(found["chosen"])
 
 
-def test_a_named_machine_gives_times(world: World) -> None:
-    document = json.loads(invoke("plan", world.base, "--hardware", "h100-80gb", "--json").stdout)
-    seconds = document["step_seconds"]
-    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+def test_a_measured_machine_gives_times(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PCSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("pcscale.jobs.measure.measure_speed", lambda scratch: HOST_SPEED)
+    measured = json.loads(invoke("plan", world.base, "--calibrate-machine", "--json").stdout)["step_seconds"]
+    assert measured.pop("total") == pytest.approx(sum(measured.values()))
+    assert json.loads(invoke("plan", world.base, "--json").stdout)["step_seconds"].items() >= measured.items()
+    assert "seconds of a step on this machine, sweep" in invoke("plan", world.base).stdout
+
+
+def test_a_run_on_a_measured_machine_says_what_it_will_take(
+    world: World, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PCSCALE_CACHE", str(tmp_path / "cache"))
+    write_speed(speed_file(tmp_path / "cache"), HOST_SPEED)
+    outcome = invoke("compress", write_yaml(tmp_path / "run.yaml", run_values(world, run)), "--dry-run")
+    assert "predicted time on this machine: " in outcome.stderr
+
+
+def test_settings_of_a_run_alone_are_written_as_they_were_given(world: World, tmp_path: Path) -> None:
+    own = ("output=elsewhere/run", f"data.train={world.text}")
+    chosen(world, tmp_path, "--host-memory", "4GiB", *own)
+    config = load_run_config(tmp_path / "run.yaml")
+    assert (config.output, config.data.train) == ("elsewhere/run", [str(world.text)])
 
 
 def test_a_cap_that_no_residency_keeps_is_refused(world: World, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""`pcscale recipes`: listing and copying."""
+"""Files that come with the package: `pcscale recipes` lists and copies some, a run.yaml names others."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.runs import invoke, refusal
+from tests.runs import World, invoke, refusal, run_values, write_yaml
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 
@@ -45,3 +45,13 @@ def test_a_recipe_that_is_not_there_is_refused_with_those_that_are() -> None:
 def test_an_output_without_a_name_is_refused(tmp_path: Path) -> None:
     text = refusal("recipes", "--output", tmp_path / "run.yaml")
     assert text == "--output needs the name of a recipe. `pcscale recipes` lists them."
+
+
+def test_a_run_names_a_deepspeed_file_of_the_package_without_its_path(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    yaml = write_yaml(tmp_path / "run.yaml", run_values(world, tmp_path / "run"))
+    assert invoke("compress", yaml, "deepspeed=zero3_offload_cpu", "--dry-run").exit_code == 0
+    text = refusal("compress", yaml, "deepspeed=zero9", "--dry-run")
+    assert text.startswith("deepspeed: zero9 does not exist. Name a file, or one that comes with pcscale: zero1, ")

@@ -1,9 +1,11 @@
 """Messages and progress on standard error; standard output stays the result's."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 
 import pytest
 from rich.console import Console as RichConsole
@@ -30,7 +32,7 @@ def _console(quiet: bool) -> Console:
 
 
 @contextmanager
-def _progress(made: Console, label: str, total: float, unit: str) -> Iterator[ProgressTask]:
+def _progress(made: Console, label: str, total: float | None, unit: str) -> Iterator[ProgressTask]:
     """Progress that begins at the test's own clock."""
     with made.progress(label, total, unit) as task:
         task.started = task.last_line = time.monotonic()
@@ -103,7 +105,7 @@ def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(
 
 def test_messages_appear_on_standard_error_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     text = "model.layers[3] has [bold]brackets[/bold] and a long line: " + "word " * 60
-    _console(quiet=False).say(text)
+    _console(quiet=False).info(text)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.rstrip("\n") == text
@@ -111,7 +113,7 @@ def test_messages_appear_on_standard_error_as_they_are(capsys: pytest.CaptureFix
 
 def test_quiet_leaves_only_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     made = _console(quiet=True)
-    made.say("a message")
+    made.info("a message")
     made.warn("the [tie] is lost")
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -119,7 +121,7 @@ def test_quiet_leaves_only_warnings(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_library_user_sees_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().say("a message")
+    Console().info("a message")
     assert capsys.readouterr().err == ""
     assert isinstance(console, Console)
 
@@ -132,5 +134,17 @@ def test_a_caller_of_the_library_silences_messages_as_those_of_any_logger(
     made.warn("nearly full")
     logger.setLevel(logging.ERROR)
     made.warn("not heard")
-    made.say("not heard either")
+    made.info("not heard either")
     assert capsys.readouterr().err == "nearly full\n"
+
+
+def test_progress_is_seen_where_its_block_hides_standard_error(
+    clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = _console(quiet=False)
+    with _progress(made, "evaluate", total=None, unit="answers") as task, redirect_stderr(StringIO()):
+        print("of a library", file=sys.stderr)
+        clock(PLAIN_INTERVAL_SECONDS)
+        task.advance(40)
+        made.warn("a prompt was cut")
+    assert capsys.readouterr().err == "evaluate: 40 answers · 8 answers/s\nwarning: a prompt was cut\n"

@@ -33,8 +33,8 @@ logger.addHandler(Deaf())
 found = []
 for settings in json.load(sys.stdin):
     zero = DeepSpeedConfig(settings).zero_config
-    places = (zero.offload_param, zero.offload_optimizer)
-    found.append([int(zero.stage), *(place and place.device for place in places)])
+    offloads = (zero.offload_param, zero.offload_optimizer)
+    found.append([int(zero.stage), *(offload and offload.device for offload in offloads)])
 print("FOUND", json.dumps(found))
 """
 
@@ -52,7 +52,7 @@ def refused(tmp_path: Path, config: Callable[..., RunConfig]) -> Callable[..., s
         path = tmp_path / "ds.json"
         path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
         with pytest.raises(RequestError) as caught:
-            read_engine_settings(path, config(**changes), world_size=2)
+            read_engine_settings(str(path), config(**changes), world_size=2)
         assert str(path) in str(caught.value)
         return str(caught.value).replace(str(path), "FILE")
 
@@ -66,11 +66,17 @@ def _table() -> dict[str, list[Any]]:
         (FOLDER / "README.md").read_text(),
         re.MULTILINE,
     )
-    return {name: [int(stage), *(None if place == "-" else place for place in places)] for name, stage, *places in rows}
+    return {
+        name: [int(stage), *(None if device == "-" else device for device in devices)] for name, stage, *devices in rows
+    }
 
 
 def test_deepspeed_reads_every_file_as_the_table_says(config: Callable[..., RunConfig]) -> None:
-    filled = [read_engine_settings(path, config(bf16=bf16), world_size=1) for bf16 in (False, True) for path in FILES]
+    filled = [
+        read_engine_settings(str(path), config(bf16=bf16), world_size=1).values
+        for bf16 in (False, True)
+        for path in FILES
+    ]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", _PROGRAM],
         input=json.dumps(filled),
@@ -89,7 +95,7 @@ def test_deepspeed_reads_every_file_as_the_table_says(config: Callable[..., RunC
 def test_a_file_leaves_to_run_yaml_what_is_decided_there(path: Path, config: Callable[..., RunConfig]) -> None:
     assert json.loads(path.read_text(encoding="utf-8")).keys() == {"zero_optimization"}
     changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "bf16": True, "max_grad_norm": 0.5}
-    filled = read_engine_settings(path, config(**changes), world_size=4)
+    filled = read_engine_settings(path.stem, config(**changes), world_size=4).values
     assert filled["train_micro_batch_size_per_gpu"] == 3
     assert filled["gradient_accumulation_steps"] == 5
     assert filled["train_batch_size"] == 3 * 5 * 4
@@ -166,8 +172,8 @@ def test_a_file_that_is_no_json_is_refused(refused: Callable[..., str]) -> None:
 
 def test_a_missing_file_is_refused(tmp_path: Path, config: Callable[..., RunConfig]) -> None:
     path = tmp_path / "absent.json"
-    with pytest.raises(RequestError, match=re.escape(f"{path} does not exist. Name a file of deepspeed_configs/.")):
-        read_engine_settings(path, config(), world_size=1)
+    with pytest.raises(RequestError, match=re.escape(f"{path} does not exist. Name a file, or one that comes with")):
+        read_engine_settings(str(path), config(), world_size=1)
 
 
 def test_auto_takes_the_value_of_run_yaml_and_keys_of_other_matters_stay(
@@ -185,7 +191,7 @@ def test_auto_takes_the_value_of_run_yaml_and_keys_of_other_matters_stay(
         "zero_optimization": {"stage": 1},
     }
     path.write_text(json.dumps(values), encoding="utf-8")
-    filled = read_engine_settings(path, config(bf16=True), world_size=2)
+    filled = read_engine_settings(str(path), config(bf16=True), world_size=2).values
     assert (filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]) == (2, 2)
     assert (filled["train_batch_size"], filled["gradient_clipping"]) == (8, 0.0)
     assert filled["bf16"] == {"enabled": True, "check_grad_overflow": False}

@@ -8,6 +8,7 @@ import yaml
 
 from pcscale.config.load import check_values
 from pcscale.config.schema import GROUPS, RunConfig
+from pcscale.run.folder import RunFolder
 from tools.site_hooks import relative_links, target_of
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,8 @@ PAGES = sorted(
 )
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_HISTORY = ("CHANGELOG.md", "docs/lab_log.md")
+"""Pages that may name what is gone."""
 README_WORDS = 900
 
 
@@ -38,6 +41,12 @@ def _cells(row: str) -> int:
 def test_every_relative_link_leads_to_a_file(page: str) -> None:
     links = relative_links(_FENCE.sub("", _text(page)))
     assert [link for link in links if not (ROOT / target_of(PurePosixPath(page), link)).is_file()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in _HISTORY])
+def test_every_module_that_a_page_names_is_there(page: str) -> None:
+    names = re.findall(r"`((?:\w+/)+\w+\.py)`", _text(page))
+    assert [name for name in names if not any((ROOT / top / name).exists() for top in ("", "pcscale"))] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -85,6 +94,13 @@ def test_every_entry_of_the_lab_log_has_a_lesson_of_one_line() -> None:
         title, blank, lesson, after, *_ = entry.splitlines()
         assert (blank, after) == ("", ""), title
         assert lesson.startswith("**Lesson.** "), title
+
+
+def test_every_file_of_a_run_is_explained() -> None:
+    folder, page = RunFolder(Path("run")), _text("docs/run_folder.md")
+    names = [path.name for path in vars(folder).values() if path != folder.path]
+    assert "metrics.jsonl" in names
+    assert [name for name in names if name not in page] == []
 
 
 def test_every_decision_is_in_the_index() -> None:

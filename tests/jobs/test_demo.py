@@ -34,7 +34,7 @@ def test_two_that_want_the_base_make_it_once_and_the_one_that_waits_says_so(
     monkeypatch.setattr(demo, "find_spec", lambda name: True)
     monkeypatch.setattr(demo, "_fetch_gguf", fetch)
     monkeypatch.setattr(demo, "_convert", convert)
-    monkeypatch.setattr(console, "say", say)
+    monkeypatch.setattr(console, "info", say)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(demo.fetch_smollm2, tmp_path)
         assert fetching.wait(PATIENCE_SECONDS)

@@ -10,8 +10,7 @@ import pytest
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import resolve_base
 from pcscale.families.widths import make_plan
-from pcscale.memory.components import record_format
-from pcscale.projection.layout import record_bytes
+from pcscale.projection.layout import record_bytes, record_format
 from tests.jobs.together import TOGETHER, DiskUsage, wide, yaml
 from tests.runs import (
     World,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pcscale.memory.estimate import moved_bytes
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,7 +16,8 @@ from pcscale.base.resolve import resolve_base
 from pcscale.common.errors import Interrupted
 from pcscale.families.widths import make_plan
 from pcscale.jobs.compress import compress
-from pcscale.jobs.evaluate import verify
+from pcscale.jobs.verify import verify
+from pcscale.memory.predict import Prediction
 from pcscale.merging.merge import MergeResult, merge
 from pcscale.run.folder import BASE_CACHE_NAME
 from pcscale.run.manifest import Manifest
@@ -158,7 +158,7 @@ def test_a_checkpoint_holds_everything_in_the_form_that_was_asked_for(finished: 
 def test_a_step_moves_what_the_plan_says(wide: World, finished: Path) -> None:
     config = run_config(wide, finished, **TOGETHER)
     base = MappedBase(resolve_base(config.base))
-    expected = moved_bytes(make_plan(base.family, base.config, config), config)
+    expected = Prediction(make_plan(base.family, base.config, config), config).moved
     assert expected["records_read"] == expected["records_written"] > 0
     assert {row["moved_bytes"] for row in metrics(finished)} == {sum(expected.values())}
     assert json.loads((finished / "plan.json").read_text())["moved"] == expected

@@ -17,10 +17,8 @@ from pcscale.memory.choose import ON_GPU, ON_HOST, SAME_COST, Budget, Choice, ca
 from pcscale.memory.deployment import Deployment
 from pcscale.memory.predict import Prediction
 from pcscale.memory.shared import KNOBS
-from pcscale.memory.speed import Speed
 from pcscale.projection.layout import record_bytes, record_format
 from pcscale.projection.residency import State, check_budget
-from tests.memory.speeds import HOST_SPEED
 from tests.memory.ways import FORMS, STATES, all_ways, config, least, plan_1b, prediction
 
 GIB = 2**30
@@ -272,9 +270,9 @@ def test_a_host_s_memory_is_shared_by_its_ranks() -> None:
     assert replace(prediction(), deployment=apart).needs["host"] == of_one
 
 
-def explained(budget: Budget, speed: Speed | None = None, **default: Any) -> dict[str, str]:
+def explained(budget: Budget, **default: Any) -> dict[str, str]:
     choice = choose(prediction(**default), budget, FORMS)
-    return reasons(choice, config(**default), budget, speed)
+    return reasons(choice, config(**default), budget)
 
 
 def test_reasons_name_what_would_not_fit() -> None:
@@ -305,11 +303,6 @@ def test_reasons_say_what_other_settings_move_and_compute() -> None:
 def test_on_a_host_what_moves_from_memory_to_memory_is_called_so() -> None:
     found = reasons(chosen("a host"), config(moments="32bit", residency="cpu"), Budget(host=10**15))
     assert re.match(r"32bit fits too, and moves [\d.]+ GiB more within memory a step$", found["moments"])
-
-
-def test_reasons_say_seconds_beside_where_the_machine_was_measured() -> None:
-    found = explained(PLENTY, HOST_SPEED, residency="disk")
-    assert re.search(r"to and from the disk a step, takes \d+\.\d\d × the time on this machine$", found["residency"])
 
 
 def test_what_is_as_it_would_have_been_has_no_reason() -> None:

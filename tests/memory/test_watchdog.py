@@ -43,8 +43,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> Machine:
-    return Machine(monkeypatch, said)
+def machine(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> Machine:
+    return Machine(monkeypatch, warnings)
 
 
 def test_a_warning_names_the_limit_the_largest_component_and_what_to_do(machine: Machine) -> None:

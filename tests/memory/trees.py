@@ -1,21 +1,17 @@
-"""Folders that look like the /proc and /sys of a machine, and the warnings that are given about them."""
+"""Machines as /proc/self/cgroup, /sys/fs/cgroup and psutil show them, and the warnings that are given about them."""
 
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pcscale.common.console import console
 from pcscale.memory import limits
 
 GIB = 2**30
-PHYSICAL_KIB, AVAILABLE_KIB = 64 * 2**20, 50 * 2**20
 V1_NONE = 9223372036854771712
-V1_MOUNT = "35 31 0:32 {top} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
-V2_MOUNT = "41 31 0:38 {top} /sys/fs/cgroup rw,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate\n"
-OTHER_MOUNTS = (
-    "22 27 0:21 / /proc rw,relatime - proc proc rw\n33 31 0:30 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n"
-)
 
 
 def write(path: Path, text: str) -> None:
@@ -24,21 +20,16 @@ def write(path: Path, text: str) -> None:
 
 
 class Tree:
-    """A root folder with the files of a machine of 64 GiB, 14 of them in use, and no cgroup."""
+    """A root folder with the files of a machine without a cgroup."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        write(root / "proc/meminfo", f"MemTotal:  {PHYSICAL_KIB} kB\nMemAvailable:   {AVAILABLE_KIB} kB\n")
-        write(root / "proc/self/status", "Name:\tpython\nVmSize:\t 9000 kB\nVmData:\t  7000 kB\n")
-        write(root / "proc/self/mountinfo", OTHER_MOUNTS)
 
-    def in_v1(self, path: str, top: str = "/") -> None:
+    def in_v1(self, path: str) -> None:
         write(self.root / "proc/self/cgroup", f"9:name=systemd:/\n4:memory:{path}\n3:cpu,cpuacct:/\n0::/\n")
-        write(self.root / "proc/self/mountinfo", OTHER_MOUNTS + V1_MOUNT.format(top=top))
 
-    def in_v2(self, path: str, top: str = "/") -> None:
+    def in_v2(self, path: str) -> None:
         write(self.root / "proc/self/cgroup", f"0::{path}\n")
-        write(self.root / "proc/self/mountinfo", OTHER_MOUNTS + V2_MOUNT.format(top=top))
 
     def v1_group(self, path: str, limit: object, stat: str = "total_rss 0\n") -> None:
         folder = self.root / "sys/fs/cgroup/memory" / path
@@ -52,7 +43,7 @@ class Tree:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The warnings of a test."""
     texts: list[str] = []
     monkeypatch.setattr(console, "warn", texts.append)
@@ -61,7 +52,11 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """A machine of 64 GiB, 14 of them in use, whose process has 7000 bytes of data and 9000 of addresses."""
     no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: no_limit)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB, available=50 * GIB))
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(data=7000, vms=9000))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
     limits._warn_once.cache_clear()
     return Tree(tmp_path)

@@ -50,7 +50,7 @@ def write_checkpoint(
         record = {name: filled(shape) for name, shape in value_shapes(planned, rank).items()}
         save_file(record, checkpoint / record_file(planned.name))
     files = [OUTER_NAME, *(record_file(planned.name) for planned in plan.matrices)]
-    base = open_base(base_folder)({})
+    base = open_base(base_folder)
     codes = Int8Base(base, folder / BASE_CACHE_NAME).coded_fingerprints if int8 else {}
     (folder / BASE_CACHE_NAME).unlink(missing_ok=True)
     Manifest(

@@ -15,7 +15,7 @@ from pcscale.cli.main import app
 from pcscale.common.errors import RequestError
 from pcscale.config.load import dump_run_config
 from pcscale.config.schema import DataConfig, RunConfig
-from pcscale.jobs.evaluate import verify
+from pcscale.jobs.verify import verify
 from pcscale.merging.verify import LOGIT_TOLERANCE, Check
 from pcscale.projection import algebra
 from pcscale.projection.algebra import Gradients
@@ -46,6 +46,7 @@ def run_folder(trained: Train, tmp_path: Path) -> Callable[..., Path]:
         (folder / "run.yaml").write_text(dump_run_config(config))
         if merged:
             merge_run(run, folder / "merged")
+            (folder / "merge.json").write_text(json.dumps({"checkpoint": checkpoint.name}))
         return folder
 
     return build

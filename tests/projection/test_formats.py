@@ -154,7 +154,7 @@ def assert_resumes(fresh, base: MappedBase, optimizer: ProjectedAdamW, model: to
     """Two and two steps are four, to the last bit."""
     half_model, half = fresh("half")
     steps_of(half, half_model, 0, STEPS // 2)
-    save_state(folder / "checkpoint-half", STEPS // 2, half, base)
+    save_state(folder / "checkpoint-half", STEPS // 2, half)
     steps_of(half, half_model, STEPS // 2, STEPS // 2 + 1)  # What is saved is not touched by what follows.
     other_model, other = fresh("other")
     load_state(folder / "checkpoint-half", other)
@@ -169,7 +169,7 @@ def assert_resumes(fresh, base: MappedBase, optimizer: ProjectedAdamW, model: to
 def assert_merges(base: MappedBase, optimizer: ProjectedAdamW, model: torch.nn.Module, folder: Path) -> None:
     checkpoint = folder / "run" / "checkpoints" / "step-00000004"
     save_state(checkpoint, STEPS, optimizer)
-    merge(checkpoint, lambda expected: open_base(base.folder, expected=expected), folder / "merged", 10**9, 2**30)
+    merge(checkpoint, open_base(base.folder), folder / "merged", 10**9, 2**30)
     merged = load_file(folder / "merged" / "model.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(merged[name], parameter.detach(), rtol=MERGE_TOLERANCE, atol=MERGE_TOLERANCE)

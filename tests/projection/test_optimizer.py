@@ -298,7 +298,7 @@ def test_rates_per_matrix_are_divided_by_what_a_projection_is_multiplied_with(
 class Scaled:
     """A base one of whose weights is larger."""
 
-    home, collective, coded_fingerprints = "disk", False, {}
+    placement, collective, coded_fingerprints = "disk", False, {}
 
     def __init__(self, base: MappedBase, name: str, factor: float) -> None:
         self._base, self._name, self._factor = base, name, factor

@@ -291,13 +291,13 @@ def test_everything_is_written_when_the_block_ends(
 ) -> None:
     store = a_store("disk")
     slow = threading.Event()
-    write = type(store.residency).put
+    write = type(store.residency).write
 
     def late(*arguments: Any, **named: Any) -> None:
         slow.wait(0.02)
         write(*arguments, **named)
 
-    monkeypatch.setattr(type(store.residency), "put", late)
+    monkeypatch.setattr(type(store.residency), "write", late)
     visit_all(store)
     monkeypatch.undo()
     assert [values(store, name) for name in store] == [{100.0 + position} for position in range(len(store))]

@@ -19,12 +19,12 @@ from tests.optimizers import build_optimizer
 from tests.tiny import build_base
 
 
-def _parts(folder: Path, seed: int = 0, hidden_size: int = 16) -> tuple[ProjectedAdamW, MappedBase, torch.nn.Module]:
+def _parts(folder: Path, seed: int = 0, hidden_size: int = 16) -> tuple[ProjectedAdamW, torch.nn.Module]:
     base = MappedBase(resolve_base(str(folder)))
     plan = plan_widths(base.family, base.config, hidden_size, 24)
     kept = select(plan, random_scores(plan, seed))
     model = build_compressed(plan, start_tensors(plan, Start(kept), base.tensor), torch.device("cpu"), torch.float32)
-    return build_optimizer(model, plan, base, Start(kept), lr=1e-2), base, model
+    return build_optimizer(model, plan, base, Start(kept), lr=1e-2), model
 
 
 @pytest.fixture

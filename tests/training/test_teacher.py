@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from pcscale.memory.components import SAID, train_moments
-from pcscale.memory.place import Place
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from pcscale.common.ledger import HIDDEN, TEACHER
 from pcscale.config.schema import DataConfig, DistillConfig, RunConfig
 from pcscale.jobs.compress import compress
+from pcscale.memory.deployment import Deployment
+from pcscale.memory.predict import Prediction
+from pcscale.memory.stages import TARGETS
 from pcscale.model.loss import Distillation, NextTokenLoss, top_divergence
 from pcscale.training.teacher import Teacher
 from tests.entered import Entered
@@ -138,7 +139,7 @@ def test_a_taught_run_comes_closer_to_its_base(method: str, top_k: int | None, w
     distill = {"weight": 0.9, "top_k": top_k}
     report = compress(run_config(world, tmp_path / "taught", method=method, distill=distill))
     assert report["evaluation"]["compressed"]["loss"] < report["evaluation"]["start"]["loss"]
-    assert report["phases"]["train"]["moments"]["teach"]["seconds"] > 0
+    assert report["phases"]["train"]["stages"]["teach"]["seconds"] > 0
     compress(run_config(world, tmp_path / "alone", method=method))
     assert curve(tmp_path / "taught") != curve(tmp_path / "alone")
 
@@ -166,8 +167,8 @@ def test_its_memory_and_targets_are_predicted_to_the_byte(top_k: int | None, com
         gradient_accumulation_steps=3,
         sequence_length=12,
     )
-    moments = train_moments(compression.plan, config, Place(on_gpu=False))
-    assert moments["forward"][SAID].num_bytes == held_bytes(targets)
-    held = moments["forward"].get(TEACHER)
+    stages = Prediction(compression.plan, config, Deployment(on_gpu=False)).training
+    assert stages["forward"][TARGETS].num_bytes == held_bytes(targets)
+    held = stages["forward"].get(TEACHER)
     assert entered.now().get(("host", TEACHER), 0) == (0 if held is None else held.num_bytes)
-    assert moments["teach"][HIDDEN].num_bytes == sum(ids_BT.numel() for ids_BT in BATCHES) * 32 * 4
+    assert stages["teach"][HIDDEN].num_bytes == sum(ids_BT.numel() for ids_BT in BATCHES) * 32 * 4
