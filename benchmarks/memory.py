@@ -84,11 +84,11 @@ def compress(folder: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def _rows(report: dict[str, Any], limit: int) -> list[Row]:
-    plan, training = report["plan"], report["training"]
+    plan, step_bytes = report["plan"], report["step_bytes"]["moved"]
     peak = report["phases"]["train"]["host_anonymous"]
     measured, predicted = peak["measured_bytes"], peak["predicted_bytes"]
     trainable = plan["trainable"]
-    moved = training["moved_bytes_per_step"] / training["least_moved_bytes_per_step"]
+    moved = step_bytes["measured_bytes"] / step_bytes["predicted_bytes"]
     rows: list[Row] = [
         (
             "parameters, base / compressed",

@@ -33,7 +33,7 @@ from pcscale.families.widths import make_plan
 from pcscale.jobs.demo import fetch_smollm2, python_topics
 from pcscale.memory.deployment import Deployment
 from pcscale.memory.predict import Prediction
-from pcscale.reporting.side_by_side import components
+from pcscale.reporting.summary import components
 from pcscale.storage.hashing import fingerprint
 
 REPOSITORY = Path(__file__).parents[1]

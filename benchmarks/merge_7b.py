@@ -23,7 +23,7 @@ from pcscale.common.units import format_bytes, format_seconds
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.registry import family_of
 from pcscale.families.widths import plan_widths
-from pcscale.projection.checkpoint import direct_name, fixed_entry
+from pcscale.projection.checkpoint import DIRECT, FIXED
 from pcscale.projection.costs import out_side_first
 from pcscale.projection.layout import value_shapes
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
@@ -94,12 +94,12 @@ def _make_checkpoint(folder: Path, plan: Plan, base: Path) -> int:
     values, files = noise(1e-3), {}
     kept = select(plan, random_scores(plan, seed=0))
     (folder / "records").mkdir(parents=True)
-    outer = {fixed_entry(name): indices for name, indices in kept.items()}
+    outer = {FIXED + name: indices for name, indices in kept.items()}
     with console.progress("make records", len(plan.weights), "tensors") as progress:
         for planned in plan.weights:
             progress.advance(1)
             if not planned.is_matrix:
-                outer[direct_name(planned.name)] = torch.ones(planned.shape)
+                outer[DIRECT + planned.name] = torch.ones(planned.shape)
                 continue
             shapes: dict[str, TensorShape] = {
                 name: (torch.bfloat16, shape) for name, shape in value_shapes(planned).items()

@@ -13,6 +13,8 @@ from pcscale.projection.residency import State
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 
+PUBLISHED_FORMAT = RecordFormat()
+
 
 def build_optimizer(
     model: Any,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pcscale.cli.main import app
 from pcscale.config.load import check_values
 from pcscale.config.schema import RunConfig
-from pcscale.reporting.report import summarize
+from pcscale.reporting.summary import summarize
 from pcscale.run.folder import RunFolder
 from pcscale.run.record import RunRecord
 from tests.tiny import build_base, write_text

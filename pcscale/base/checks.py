@@ -40,12 +40,12 @@ def read_base_entries(folder: Path, family: Family, config: Config) -> dict[str,
         checked[weight.name] = entry
     # A tied checkpoint may carry its head as well; the stock class drops it too.
     droppable = {spec.name for spec in family.after if spec.kind is Kind.HEAD}
-    unknown = [
-        name for name in entries if name not in checked | dict.fromkeys(droppable) and _REBUILT_BUFFER not in name
-    ]
+    known = checked.keys() | droppable
+    unknown = [name for name in entries if name not in known and _REBUILT_BUFFER not in name]
     if unknown:
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise RequestError(
-            f"{folder}: the weights hold {unknown[0]}, which family '{family.name}' does not know"
-            f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''}. Check model_type in config.json."
+            f"{folder}: the weights hold {unknown[0]}, which family '{family.name}' does not know{more}. "
+            "Check model_type in config.json."
         )
     return checked

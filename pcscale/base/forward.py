@@ -25,23 +25,14 @@ _LayerArguments = list[dict[str, Any]]
 
 
 class LayerMajorModel:
-    """The stock base model with at most one layer's weights in memory.
-
-    Args:
-        base: the frozen base.
-        device: the device that layers run on.
-        dtype: the dtype that they run in.
-    """
+    """The stock base model, run on a device and in a dtype with at most one layer's weights in memory."""
 
     def __init__(self, base: MappedBase, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.base = base
-        self.device = device
-        self.dtype = dtype
+        self.base, self.device, self.dtype = base, device, dtype
         self.skeleton: nn.Module = empty_model(base.config)
         self.decoder = self.skeleton.base_model
         self.layers = [
-            self.skeleton.get_submodule(base.family.layer_prefix.format(layer=layer).rstrip("."))
-            for layer in range(base.num_layers)
+            self.module(base.family.layer_prefix.format(layer=layer).rstrip(".")) for layer in range(base.num_layers)
         ]
         by_kind = {weight.kind: weight for weight in base.weights if weight.layer is None}
         self._embedding = by_kind[Kind.EMBEDDING]
@@ -57,10 +48,7 @@ class LayerMajorModel:
 
     @torch.no_grad()
     def hidden_states(self, batches: list[torch.Tensor], label: str | None) -> Iterator[list[torch.Tensor]]:
-        """Run token batches `[B, T]` through the whole model but its head.
-
-        Args:
-            label: the progress bar's; None: no bar.
+        """Run token batches `[B, T]` through the whole model but its head, with a progress bar that has the label.
 
         Yields:
             For each group of batches whose hidden states fit the host's budget, their final states `[B, T, H]` after
@@ -77,7 +65,8 @@ class LayerMajorModel:
                 for layer, module in enumerate(self.layers):
                     last = layer + 1 == self.base.num_layers
                     self.base.prefetch([self._norm.name] if last else self.base.layer_names(layer + 1))
-                    with self._loaded(module, self.base.layer_names(layer), self._prefix(layer)):
+                    prefix = self.base.family.layer_prefix.format(layer=layer)
+                    with self._loaded(module, self.base.layer_names(layer), prefix):
                         for position, (batch, hidden_BTH) in enumerate(zip(group, hidden, strict=True)):
                             arguments = self._arguments[tuple(batch.shape)][layer]
                             hidden[position] = module(hidden_BTH.to(self.device), **arguments).to("cpu")
@@ -101,21 +90,25 @@ class LayerMajorModel:
 
     def _head_losses(self, hidden: list[torch.Tensor], batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """Cross entropy with the head in row blocks: neither the head nor any logits exist whole."""
-        head_VH = self.base.tensor(self._head.name)
         targets = [batch_BT[:, 1:].to(self.device) for batch_BT in batches]
         log_sums = [torch.full(target_BT.shape, -torch.inf, device=self.device) for target_BT in targets]
         picked = [torch.zeros(target_BT.shape, device=self.device) for target_BT in targets]
-        rows = max(1, LOGIT_CHUNK_VALUES // max(target_BT.numel() for target_BT in targets))
+        for first, position, logits_BTV in self._logit_blocks([hidden_BTH[:, :-1] for hidden_BTH in hidden]):
+            log_sum_BT, picked_BT = log_sums[position], picked[position]
+            torch.logaddexp(log_sum_BT, logits_BTV.logsumexp(-1), out=log_sum_BT)
+            row_BT, rows = targets[position] - first, logits_BTV.shape[-1]
+            value_BT = logits_BTV.gather(-1, row_BT.clamp(0, rows - 1)[..., None])[..., 0]
+            picked_BT.copy_(torch.where((row_BT >= 0) & (row_BT < rows), value_BT, picked_BT))
+        return [(log_sum_BT - picked_BT).cpu() for log_sum_BT, picked_BT in zip(log_sums, picked, strict=True)]
+
+    def _logit_blocks(self, hidden: list[torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Logits in blocks of the head's rows: a block's first row, the batch's position, and float32 `[B, T, V]`."""
+        head_VH = self.base.tensor(self._head.name)
+        rows = max(1, LOGIT_CHUNK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
         for first in range(0, len(head_VH), rows):
             block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
-            for hidden_BTH, target_BT, log_sum_BT, picked_BT in zip(hidden, targets, log_sums, picked, strict=True):
-                logits_BTV = F.linear(hidden_BTH[:, :-1].to(self.device), block_VH).float()
-                torch.logaddexp(log_sum_BT, logits_BTV.logsumexp(-1), out=log_sum_BT)
-                row_BT = target_BT - first
-                inside_BT = (row_BT >= 0) & (row_BT < len(block_VH))
-                value_BT = logits_BTV.gather(-1, row_BT.clamp(0, len(block_VH) - 1)[..., None])[..., 0]
-                picked_BT.copy_(torch.where(inside_BT, value_BT, picked_BT))
-        return [(log_sum_BT - picked_BT).cpu() for log_sum_BT, picked_BT in zip(log_sums, picked, strict=True)]
+            for position, hidden_BTH in enumerate(hidden):
+                yield first, position, F.linear(hidden_BTH.to(self.device), block_VH).float()
 
     @torch.no_grad()
     def most_likely(
@@ -127,23 +120,19 @@ class LayerMajorModel:
             A pair for each batch, on the host: their ids, int32 `[B, T, k]`, and the logarithms of their probabilities
             among all tokens at that temperature, float32.
         """
-        head_VH = self.base.tensor(self._head.name)
-        self.read_bytes += head_VH.nbytes
+        self.read_bytes += self.base.tensor(self._head.name).nbytes
         tops = [(hidden_BTH.new_empty(0), hidden_BTH.new_empty(0)) for hidden_BTH in hidden]
         log_sums = [torch.full(hidden_BTH.shape[:2], -torch.inf, device=self.device) for hidden_BTH in hidden]
-        rows = max(1, LOGIT_CHUNK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
-        for first in range(0, len(head_VH), rows):
-            block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
-            for position, (hidden_BTH, log_sum_BT) in enumerate(zip(hidden, log_sums, strict=True)):
-                logits_BTV = F.linear(hidden_BTH.to(self.device), block_VH).float() / temperature
-                torch.logaddexp(log_sum_BT, logits_BTV.logsumexp(-1), out=log_sum_BT)
-                best = logits_BTV.topk(min(count, len(block_VH)), dim=-1)
-                values, ids = best.values, best.indices + first
-                if first:
-                    values, ids = (torch.cat(pair, -1) for pair in zip(tops[position], (values, ids), strict=True))
-                    values, chosen = values.topk(min(count, values.shape[-1]), dim=-1)
-                    ids = ids.gather(-1, chosen)
-                tops[position] = (values, ids)
+        for first, position, logits_BTV in self._logit_blocks(hidden):
+            scaled_BTV = logits_BTV / temperature
+            torch.logaddexp(log_sums[position], scaled_BTV.logsumexp(-1), out=log_sums[position])
+            best = scaled_BTV.topk(min(count, scaled_BTV.shape[-1]), dim=-1)
+            values, ids = best.values, best.indices + first
+            if first:
+                values, ids = (torch.cat(pair, -1) for pair in zip(tops[position], (values, ids), strict=True))
+                values, chosen = values.topk(min(count, values.shape[-1]), dim=-1)
+                ids = ids.gather(-1, chosen)
+            tops[position] = (values, ids)
         return [
             (ids.int().cpu(), (values - log_sum_BT[..., None]).cpu())
             for (values, ids), log_sum_BT in zip(tops, log_sums, strict=True)
@@ -152,9 +141,6 @@ class LayerMajorModel:
     def head(self) -> torch.Tensor:
         """The whole head `[V, H]`, newly allocated on the device."""
         return self.base.tensor(self._head.name).to(self.device, self.dtype, copy=True)
-
-    def _prefix(self, layer: int) -> str:
-        return self.base.family.layer_prefix.format(layer=layer)
 
     def one_group(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """The first of these batches: as many as go through the layers together."""

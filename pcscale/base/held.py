@@ -16,7 +16,6 @@ class HeldBase:
     """The matrices of a base in memory, for `base_home` cpu and device.
 
     Args:
-        base: the base to copy, as stored or in 8 bits.
         device: the device that holds them; the host's memory is pinned where there is a GPU.
         names: the matrices to hold; None: all.
 
@@ -31,8 +30,9 @@ class HeldBase:
         self.stored: MappedBase = base.stored
         self.lost, self.coded_fingerprints = base.lost, base.coded_fingerprints
         if device.type == "cpu":
-            tensors = [tensor for name in names for tensor in base.weight(name).tensors]
-            self._memory = HostBytes(sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors))
+            self._memory = HostBytes(
+                sum(aligned(tensor.nbytes) for name in names for tensor in base.weight(name).tensors)
+            )
             arena = Arena(self._memory.bytes)
             self._weights = {name: _copied(base.weight(name), arena) for name in names}
             placement = self._memory.placement
@@ -51,6 +51,6 @@ class HeldBase:
 def _copied(weight: FrozenWeight, arena: Arena) -> FrozenWeight:
     copies = []
     for tensor in weight.tensors:
-        buffer = arena.take(tensor.numel() * tensor.element_size())
+        buffer = arena.take(tensor.nbytes)
         copies.append(buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor))
     return FrozenWeight(*copies)

@@ -23,7 +23,7 @@ from pcscale.storage.writer import ShardWriter, TensorShape
 
 _FORMAT = "bitsandbytes dynamic signed 8-bit, blocks of 256"
 _ABSMAX = ".absmax"
-_BOUND_TO, _FINGERPRINTS = "bound_to", "fingerprints"
+_FINGERPRINTS = "fingerprints"
 
 
 class Int8Base:
@@ -33,7 +33,6 @@ class Int8Base:
     was cut short or changed, is made again.
 
     Args:
-        base: the checkpoint.
         cache: the file of the codes, which is written where it is absent; its folder must exist.
         expected: fingerprints that the codes must have, by tensor name, from a manifest.
 
@@ -49,17 +48,16 @@ class Int8Base:
 
     def __init__(self, base: MappedBase, cache: Path, expected: Mapping[str, str] | None = None) -> None:
         require_bitsandbytes("base_precision int8")
-        self.stored = base
-        self.cache = cache
+        self.stored, self.cache, self.matrix_names = base, cache, base.matrix_names
         coded = _read_cache(cache, base)
         if isinstance(coded, str):
             with readable_os_errors(cache), FileLock(cache.with_name(f".{cache.name}.lock")):
-                problem = _read_cache(cache, base)
-                if isinstance(problem, str):  # Nobody else has made it meanwhile.
+                coded = _read_cache(cache, base)
+                if isinstance(coded, str):  # Nobody else has made it meanwhile.
                     if cache.exists():
-                        console.warn(f"{cache} {problem}: it is made again")
+                        console.warn(f"{cache} {coded}: it is made again")
                     _write_cache(cache, base)
-            coded = _read_cache(cache, base)
+                    coded = _read_cache(cache, base)
         if isinstance(coded, str):
             raise RunError(f"{cache} is not what was written to it just now. Check the disk.")
         self._reader, self.coded_fingerprints = coded
@@ -71,17 +69,12 @@ class Int8Base:
                     f"{wanted[:12]}…. Use the bitsandbytes version that it was trained with."
                 )
 
-    @property
-    def matrix_names(self) -> list[str]:
-        """The names that `weight` takes."""
-        return self.stored.matrix_names
-
     def weight(self, name: str) -> FrozenWeight:
         """One base weight, on the host."""
         return FrozenWeight(self._reader.tensor(name), self._reader.tensor(name + _ABSMAX))
 
     def lost(self, name: str, rows: slice) -> torch.Tensor:
-        """The rows less their decoded codes, `(W - Q)[rows]`, float32 (docs/method.md, "The 8-bit base")."""
+        """The rows less their decoded codes, `(W - Q)[rows]`, float32 (docs/method.md, The base in 8 bits)."""
         coded_bI = self.weight(name).rows(torch.float32, rows.start, rows.stop)
         return self.stored.tensor(name)[rows].float() - coded_bI
 
@@ -97,9 +90,9 @@ def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, 
     try:
         entries, metadata = read_header(cache)
         reader = TensorReader(entries)
-        if metadata.get(_BOUND_TO) != _bound_to(base):
+        if metadata != _metadata(base):
             return "is of another base"
-        found = {name: _fingerprint(reader, name) for name in base.matrix_names}
+        found = {name: _fingerprint(reader.data(name), reader.data(name + _ABSMAX)) for name in base.matrix_names}
         if bytes.fromhex("".join(found.values())) == bytes(reader.data(_FINGERPRINTS)):
             return reader, found
     except (RequestError, KeyError):
@@ -107,15 +100,11 @@ def _read_cache(cache: Path, base: MappedBase) -> tuple[TensorReader, dict[str, 
     return "was changed or cut short"
 
 
-def _bound_to(base: MappedBase) -> str:
-    return json.dumps([_FORMAT, base.check_all()], sort_keys=True)
+def _metadata(base: MappedBase) -> dict[str, str]:
+    return {"bound_to": json.dumps([_FORMAT, base.check_all()], sort_keys=True)}
 
 
-def _fingerprint(reader: TensorReader, name: str) -> str:
-    return _both(reader.data(name), reader.data(name + _ABSMAX))
-
-
-def _both(codes: memoryview, absmax: memoryview) -> str:
+def _fingerprint(codes: memoryview, absmax: memoryview) -> str:
     return fingerprint((fingerprint(codes) + fingerprint(absmax)).encode())
 
 
@@ -129,11 +118,11 @@ def _write_cache(cache: Path, base: MappedBase) -> None:
     shapes[_FINGERPRINTS] = (torch.uint8, (len(names), 16))
     values = sum(math.prod(shape) for dtype, shape in shapes.values())
     with (
-        ShardWriter(cache, shapes, {_BOUND_TO: _bound_to(base)}) as writer,
+        ShardWriter(cache, shapes, _metadata(base)) as writer,
         console.progress("code the base in 8 bits", values / 1e6, "M values") as progress,
     ):
         for position, name in enumerate(names):
             encode_weight(base.tensor(name), writer[name], writer[name + _ABSMAX])
-            found = _both(bytes_of(writer[name]), bytes_of(writer[name + _ABSMAX]))
+            found = _fingerprint(bytes_of(writer[name]), bytes_of(writer[name + _ABSMAX]))
             writer[_FINGERPRINTS][position] = torch.tensor(list(bytes.fromhex(found)), dtype=torch.uint8)
             progress.advance(math.prod(shapes[name][1]) / 1e6)

@@ -1,7 +1,6 @@
 """The frozen base, straight from its safetensors files: mapped, checked when first read, never held."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
@@ -22,7 +21,6 @@ class MappedBase:
     names one. Checking in passing costs no second pass over the files.
 
     Args:
-        source: the checkpoint folder and what the user calls it.
         expected: fingerprints by tensor name that the base must have.
 
     Raises:
@@ -35,28 +33,24 @@ class MappedBase:
     collective = False
 
     def __init__(self, source: BaseFolder, expected: Mapping[str, str] | None = None) -> None:
-        self.folder: Path = source.folder
-        self.name = source.name
-        self.revision = source.revision
+        self.folder, self.name, self.revision = source.folder, source.name, source.revision
         self.config = read_config(self.folder)
         self.family = family_of(self.config, str(self.folder / "config.json"))
+        self.num_layers: int = self.config["num_hidden_layers"]
         self.weights = tuple(self.family.weights(self.config))
+        self.matrix_names = [weight.name for weight in self.weights if weight.kind.is_matrix]
+        """The names that `weight` takes."""
         self._reader = TensorReader(read_base_entries(self.folder, self.family, self.config))
         self._expected = dict(expected or {})
         self._expected_by = "this checkpoint was trained on"
         self.fingerprints: dict[str, str] = {}
         """Fingerprints of the tensors read so far, by name."""
-        self.coded_fingerprints: dict[str, str] = {}
-        """Fingerprints of 8-bit codes: none."""
+        self.coded_fingerprints: dict[str, str] = {}  # It has no 8-bit codes.
 
     @property
     def stored(self) -> "MappedBase":
         """The checkpoint itself, as every base names the one that it comes from."""
         return self
-
-    @property
-    def num_layers(self) -> int:
-        return self.config["num_hidden_layers"]
 
     def dtype(self, name: str) -> str:
         """The stored dtype, in the safetensors format's spelling."""
@@ -84,11 +78,6 @@ class MappedBase:
         """The rows less `weight`'s: None, since nothing is rounded."""
         return None
 
-    @property
-    def matrix_names(self) -> list[str]:
-        """The names that `weight` takes."""
-        return [weight.name for weight in self.weights if weight.kind.is_matrix]
-
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         found = fingerprint(self._reader.data(name))
         self._compare(name, found)
@@ -108,10 +97,7 @@ class MappedBase:
             )
 
     def expect(self, fingerprints: Mapping[str, str], by: str = "this checkpoint was trained on") -> None:
-        """Demand these fingerprints of this base from now on.
-
-        Args:
-            by: the end of a refusal that begins with "is not the weight".
+        """Demand these fingerprints of this base from now on; `by` ends a refusal: "… is not the weight `by`".
 
         Raises:
             RequestError: a weight that was read already is another one.

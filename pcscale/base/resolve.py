@@ -8,7 +8,6 @@ from pcscale.common.errors import RequestError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
-_CONFIG_ONLY = ["config.json"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,9 @@ def resolve_base(name: str, revision: str | None = None, config_only: bool = Fal
         return BaseFolder(folder, name, None)
     from huggingface_hub import snapshot_download
 
+    patterns = ["config.json"] if config_only else _FETCHED
     try:
-        fetched = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=_CONFIG_ONLY if config_only else _FETCHED,
-                ignore_patterns=["*/*"],
-            )
-        )
+        fetched = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # The client raises its own and its HTTP library's exceptions.
         reason = " ".join(str(error).split())[:200]
         raise RequestError(f"{name} is no local folder and could not be fetched from the Hub: {reason}") from None

@@ -13,15 +13,10 @@ _CHUNK_VALUES = 2**18
 
 @dataclass(frozen=True)
 class FrozenWeight:
-    """A base weight `[O, I]`, most often mapped from a file.
+    """A base weight `[O, I]`, most often mapped from a file."""
 
-    Attributes:
-        values: values in the stored dtype, or uint8 codes.
-        absmax: the scales of the codes; None: `values` are stored ones.
-    """
-
-    values: torch.Tensor
-    absmax: torch.Tensor | None = None
+    values: torch.Tensor  # in the stored dtype, or uint8 codes
+    absmax: torch.Tensor | None = None  # the scales of the codes; None: `values` are stored ones
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -30,7 +25,7 @@ class FrozenWeight:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -62,10 +57,9 @@ class FrozenWeight:
         return flat.view(-1, width)
 
     def copy_block(self, out: torch.Tensor, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
-        """Write a block into `out` and return it. Memory: small chunks.
+        """Write a block into `out` and return it; it begins, and ends before the end, at multiples of 256.
 
-        Args:
-            rows, columns: their starts, and stops before the end, are multiples of 256.
+        Memory: small chunks.
         """
         if self.absmax is None:
             return out.copy_(self.values[rows, columns])
@@ -77,10 +71,8 @@ class FrozenWeight:
                 last = min(first + QUANTISED_BLOCK, row_stop)
                 out[first - row_start : last - row_start] = self.rows(out.dtype, first, last)[:, start:stop]
             return out
-        codes, scales = (
-            self.values[rows, columns],
-            self.absmax.view(O, -1)[rows, start // QUANTISED_BLOCK : -(-stop // QUANTISED_BLOCK)],
-        )
+        codes = self.values[rows, columns]
+        scales = self.absmax.view(O, -1)[rows, start // QUANTISED_BLOCK : -(-stop // QUANTISED_BLOCK)]
         lines = max(1, _CHUNK_VALUES // (stop - start))
         for first in range(0, len(out), lines):
             part = Blockwise(codes[first : first + lines].contiguous(), scales[first : first + lines].reshape(-1))

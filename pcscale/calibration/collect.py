@@ -1,9 +1,10 @@
 """Calibration: scores and second moments of activations, in layer-major passes over the mapped base.
 
-Legend: N tokens, H residual size, F ffn size.
+Legend: B batch, T tokens of a sequence, N tokens, H residual size, F ffn size, C channels of either.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,17 +20,12 @@ from pcscale.families.axes import FFN, RESIDUAL
 from pcscale.families.plan import Plan, kept_name
 from pcscale.families.spec import Kind, Weight
 from pcscale.storage.index import read_header
-from pcscale.storage.reader import TensorReader
+from pcscale.storage.reader import read_tensors
 from pcscale.storage.writer import ShardWriter, TensorShape, write_tensors
 
 
 def activation_scores(
-    plan: Plan,
-    base: MappedBase,
-    importance: str,
-    batches: list[torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
+    plan: Plan, base: MappedBase, importance: str, batches: list[torch.Tensor], device: torch.device, dtype: torch.dtype
 ) -> Scores:
     """Channel scores from activations, and the residual stream's second moments.
 
@@ -44,35 +40,28 @@ def activation_scores(
     weight scores over a column, Sun et al., arXiv:2306.11695.
     """
     scores: Scores = {name: torch.zeros(size, device=device) for name, size, _ in plan.kept_axes()}
-    hidden_size = base.config["hidden_size"]
+    hidden_size = plan.base_sizes[RESIDUAL]
     moment_HH = torch.zeros(hidden_size, hidden_size, device=device)
     model = LayerMajorModel(base, device, dtype)
     norms = [weight for weight in base.weights if weight.kind is Kind.NORM and weight.axes == (RESIDUAL,)]
     energies = {energy_name(weight.name): torch.zeros(hidden_size, device=device) for weight in norms}
     total = _SUMS[importance]
 
-    def watch_norm(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            scores[kept_name(RESIDUAL, None)] += total(output)
-            x_NH = inputs[0].reshape(-1, hidden_size).float()
-            x_NH = x_NH * x_NH.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-            moment_HH.addmm_(x_NH.T, x_NH)
-            energies[energy_name(name)] += x_NH.square().sum(0)
+    def watch_norm(energy: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        scores[kept_name(RESIDUAL, None)] += total(output)
+        x_NH = inputs[0].reshape(-1, hidden_size).float()
+        x_NH = x_NH * x_NH.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        moment_HH.addmm_(x_NH.T, x_NH)
+        energies[energy] += x_NH.square().sum(0)
 
-        return watch
-
-    def watch_ffn(name: str) -> Callable[[nn.Linear, tuple[torch.Tensor, ...]], None]:
-        def watch(module: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
-            weight = module.weight.float().square().sum(0) if importance == "energy" else 1.0
-            scores[name] += total(inputs[0]) * weight
-
-        return watch
+    def watch_ffn(name: str, module: nn.Linear, inputs: tuple[torch.Tensor, ...]) -> None:
+        weight = module.weight.float().square().sum(0) if importance == "energy" else 1.0
+        scores[name] += total(inputs[0]) * weight
 
     for weight in norms:
-        model.module(weight.module).register_forward_hook(watch_norm(weight.name))
+        model.module(weight.module).register_forward_hook(partial(watch_norm, energy_name(weight.name)))
     for weight in _ffn_readers(base):
-        hook = watch_ffn(kept_name(FFN, weight.layer))
-        model.module(weight.module).register_forward_pre_hook(hook)
+        model.module(weight.module).register_forward_pre_hook(partial(watch_ffn, kept_name(FFN, weight.layer)))
     for _ in model.hidden_states(batches, "calibrate"):
         pass  # The hooks see it all.
     tokens = sum(batch.numel() for batch in batches)
@@ -84,7 +73,6 @@ def activation_scores(
 
 
 def _ffn_readers(base: MappedBase) -> list[Weight]:
-    """The matrices that read ffn channels: one in each layer."""
     return [weight for weight in base.weights if weight.kind is Kind.LINEAR and weight.axes[1] == FFN]
 
 
@@ -125,37 +113,28 @@ def write_rebuilt(
                 writer[name].copy_(rebuild(moment_FF, kept[name].to(device)))
             under_way.clear()
 
-        def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                if name not in under_way:
-                    solve()  # The layer before has seen all batches.
-                    under_way[name] = torch.zeros(plan.base_sizes[FFN], plan.base_sizes[FFN], device=device)
-                x_NF = inputs[0].flatten(0, -2).float()
-                under_way[name].addmm_(x_NF.T, x_NF)
-
-            return add
+        def watch(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if name not in under_way:
+                solve()  # The layer before has seen all batches.
+                under_way[name] = torch.zeros(plan.base_sizes[FFN], plan.base_sizes[FFN], device=device)
+            x_NF = inputs[0].flatten(0, -2).float()
+            under_way[name].addmm_(x_NF.T, x_NF)
 
         for weight in _ffn_readers(base) if sizes[0] else []:
-            model.module(weight.module).register_forward_pre_hook(watch(kept_name(FFN, weight.layer)))
+            model.module(weight.module).register_forward_pre_hook(partial(watch, kept_name(FFN, weight.layer)))
         list(passes)
         solve()
 
 
 def read_rebuilt(path: Path) -> dict[str, torch.Tensor]:
     """The matrices `[d, kept]` that `write_rebuilt` wrote, by set of kept indices; mapped."""
-    reader = TensorReader(read_header(path)[0])
-    return {name: reader.tensor(name) for name in reader.entries}
+    return read_tensors(path)
 
 
-def _absolute_sum(activation: torch.Tensor) -> torch.Tensor:
-    return activation.abs().sum(tuple(range(activation.ndim - 1)), dtype=torch.float32)
-
-
-def _square_sum(activation: torch.Tensor) -> torch.Tensor:
-    return activation.float().square().sum(tuple(range(activation.ndim - 1)))
-
-
-_SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"activation": _absolute_sum, "energy": _square_sum}
+_SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "activation": lambda x_BTC: x_BTC.abs().sum((0, 1), dtype=torch.float32),
+    "energy": lambda x_BTC: x_BTC.float().square().sum((0, 1)),
+}
 """Sums over all tokens, by channel."""
 
 
@@ -183,8 +162,6 @@ def write_scores(path: Path, scores: Scores, importance: str, tokens: int) -> No
 
 def read_scores(path: Path) -> Scores:
     """The scores in a file that `pcscale calibrate` wrote, copied into memory."""
-    entries, metadata = read_header(path)
-    if "importance" not in metadata:
+    if "importance" not in read_header(path)[1]:
         raise RequestError(f"{path} holds no importance scores. Write it with `pcscale calibrate`.")
-    reader = TensorReader(entries)
-    return {name: reader.tensor(name).clone() for name in entries}
+    return {name: tensor.clone() for name, tensor in read_tensors(path).items()}

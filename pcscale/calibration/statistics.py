@@ -17,13 +17,7 @@ def energy_name(norm: str) -> str:
 def rebuild(moment_CC: torch.Tensor, kept: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
     """The matrix that rebuilds dropped channels from kept ones by least squares: `C[d, kept] (C[kept, kept] + λ)⁻¹`.
 
-    Args:
-        moment_CC: second moments of all channels.
-        kept: int64 indices of the kept channels.
-        ridge: λ as a share of the mean of the diagonal.
-
-    Returns:
-        `[d, kept]` float32 on the moments' device.
+    λ is the share `ridge` of the diagonal's mean; the result is `[d, kept]` float32, on the moments' device.
     """
     dropped = dropped_of(kept, len(moment_CC))
     within = moment_CC[kept][:, kept].double()

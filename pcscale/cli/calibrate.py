@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json
+from pcscale.cli.common import Result, command
 
 
 @command
@@ -17,28 +17,16 @@ def main(
     tokens: Annotated[int, typer.Option(help="At most so many tokens of text.")] = 262_144,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences at a time.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+    seed: Annotated[int, typer.Option(help="Seed of random scores.")] = 0,
+) -> Result:
     """Score every channel of the base, reading each of its weights once."""
     from pcscale.config.load import check_settings
     from pcscale.config.schema import CalibrateSettings
     from pcscale.jobs.calibrate import calibrate
 
-    values = {
-        "base": base,
-        "data": data,
-        "output": str(output),
-        "importance": importance,
-        "tokens": tokens,
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
+    files = {"base": base, "data": data, "output": str(output)}
+    sizes = {"tokens": tokens, "sequence_length": sequence_length, "batch_size": batch_size}
+    values = {**files, **sizes, "importance": importance, "seed": seed}
     result = calibrate(check_settings(CalibrateSettings, values, "calibrate"))
-    if json:
-        print_json(result)
-    else:
-        print(f"{output}: {result['importance']} scores from {result['tokens']:,} tokens")
+    text = f"{output}: {result['importance']} scores from {result['tokens']:,} tokens"
+    return Result(result, lambda: print(text))

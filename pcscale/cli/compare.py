@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json, print_table
+from pcscale.cli.common import Result, command, print_table
 
 
 @command
@@ -14,10 +14,7 @@ def main(
     output: Annotated[Path, typer.Option(help="The PNG file to write; one that is there is replaced.")] = Path(
         "compare.png"
     ),
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+) -> Result:
     """Held-out loss by tokens and by time, peak memory, and the settings that differ.
 
     Differences are from the first run. The start counts as 0 tokens, 0 seconds.
@@ -35,14 +32,15 @@ def main(
     from pcscale.reporting.table import difference_rows, loss_rows, run_rows
 
     comparison = write_comparison(runs, output)
-    if json:
-        print_json(comparison)
-        return
-    print_table("Runs", *run_rows(comparison))
-    print_table("Held-out loss (nats a token)", *loss_rows(comparison))
-    columns, rows = difference_rows(comparison)
-    if rows:
-        print_table("What differs", columns, rows)
-    else:
-        print("All settings are the same.")
-    print(f"plot: {output}")
+
+    def show() -> None:
+        print_table("Runs", *run_rows(comparison))
+        print_table("Held-out loss (nats a token)", *loss_rows(comparison))
+        columns, rows = difference_rows(comparison)
+        if rows:
+            print_table("What differs", columns, rows)
+        else:
+            print("All settings are the same.")
+        print(f"plot: {output}")
+
+    return Result(comparison, show)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json, print_table
+from pcscale.cli.common import Result, command, print_table
 from pcscale.config.help import settings_help
 
 
@@ -22,10 +22,7 @@ def main(
         bool, typer.Option("--dry-run", help="Check base, data, widths and output; print the plan; write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Run also what is predicted not to fit.")] = False,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+) -> Result:
     """Plan, calibrate, train, merge, evaluate and report, into one run folder."""
     from pcscale.config.load import load_run_config
     from pcscale.jobs.compress import compress
@@ -33,20 +30,20 @@ def main(
 
     config = reported_once(lambda: load_run_config(run, overrides or []))
     report = compress(config, resume=resume, dry_run=dry_run, force=force)
-    if json:
-        print_json(report)
-    elif not dry_run:
-        print_outcome(report)
-    else:
-        compressed = report["compressed"]
-        print(
-            f"would compress to {compressed['parameters']:,} parameters ({compressed['keep_fraction']:.1%}), "
-            f"hidden {compressed['hidden_size']}, ffn {compressed['intermediate_size']}; nothing was written"
-        )
+    return Result(report, lambda: print_plan(report) if dry_run else print_outcome(report))
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print what a run would do."""
+    compressed = plan["compressed"]
+    print(
+        f"would compress to {compressed['parameters']:,} parameters ({compressed['keep_fraction']:.1%}), "
+        f"hidden {compressed['hidden_size']}, ffn {compressed['intermediate_size']}; nothing was written"
+    )
 
 
 def print_outcome(report: dict[str, Any]) -> None:
-    """The table base / start / compressed, and where everything lies."""
+    """Print the table base / start / compressed, and where everything lies."""
     from pcscale.common.units import format_bytes
     from pcscale.reporting.table import comparison_rows
 

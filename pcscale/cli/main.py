@@ -14,7 +14,7 @@ _UsageError: Any = typer.BadParameter.__base__  # Click's own, wherever this ver
 
 
 class _PlainGroup(TyperGroup):
-    """Says what is wrong with a flag or an argument in one line, as every other error is said."""
+    """A group of subcommands that reports a wrong flag or argument in one line, as any other error."""
 
     def main(self, *positional: Any, **named: Any) -> Any:
         if not named.get("args", sys.argv[1:]):
@@ -37,25 +37,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, module in (
-    ("plan", plan),
-    ("compress", compress),
-    ("demo", demo),
-    ("calibrate", calibrate),
-    ("teach", teach),
-    ("merge", merge),
-    ("evaluate", evaluate),
-    ("verify", verify),
-    ("report", report),
-    ("compare", compare),
-    ("recipes", recipes),
-):
-    app.command(name)(module.main)
+for module in (plan, compress, demo, calibrate, teach, merge, evaluate, verify, report, compare, recipes):
+    app.command(module.__name__.rpartition(".")[2])(module.main)
 
 
 @app.callback()
 def _accept_launcher(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
-    # DeepSpeed's launcher says here what it has said in the environment too.
+    # DeepSpeed's launcher passes it here and in the environment, which is where it is read.
     del local_rank
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json
+from pcscale.cli.common import Result, command
 
 
 @command
@@ -26,10 +26,7 @@ def main(
         str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.", rich_help_panel="Size")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the finished shards of an interrupted merge.")] = False,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+) -> Result:
     """Write the compressed model shard by shard, without ever holding a model."""
     from pcscale.base.mapped import MappedBase
     from pcscale.base.resolve import resolve_base
@@ -42,10 +39,8 @@ def main(
     source = resolve_base(base) if base else find_base(Manifest.read(folder))
     shard, memory = parse_bytes(max_shard_size), parse_bytes(max_memory)
     result = merge(folder, MappedBase(source), output, shard, memory, dtype, resume)
-    if json:
-        print_json(asdict(result))
-    else:
-        print(
-            f"{output}: {result.tensors} tensors in {result.shards} files, {format_bytes(result.bytes_written)}, "
-            f"{format_seconds(result.seconds)}, peak anonymous memory {format_bytes(result.peak_anonymous_bytes)}"
-        )
+    text = (
+        f"{output}: {result.tensors} tensors in {result.shards} files, {format_bytes(result.bytes_written)}, "
+        f"{format_seconds(result.seconds)}, peak anonymous memory {format_bytes(result.peak_anonymous_bytes)}"
+    )
+    return Result(asdict(result), lambda: print(text))

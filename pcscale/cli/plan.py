@@ -5,93 +5,71 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json, print_table
+from pcscale.cli.common import Result, command, option, print_table
 
 if TYPE_CHECKING:
     from pcscale.config.schema import PlanConfig
     from pcscale.families.plan import Plan
     from pcscale.memory.choose import Budget, Choice
-    from pcscale.memory.speed import Speed
-
-
-def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
-
 
 _SIZE = "Size of the compressed model (one way; default: keep 0.5)"
 _BUDGET = "Budget: choose the cheapest settings that fit, and write a run.yaml"
 _BASE_HELP = "Checkpoint folder (config.json alone is enough) or Hub id."
 _OVERRIDES_HELP = "Settings of run.yaml to plan for."
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=_OVERRIDES_HELP)]
-Keep = Annotated[float | None, _option(_SIZE, "Share of the real parameter count to keep.")]
-TargetParams = Annotated[float | None, _option(_SIZE, "Parameters to come close to, such as 4.5e9.")]
-HiddenSize = Annotated[int | None, _option(_SIZE, "Exact residual width.")]
-IntermediateSize = Annotated[int | None, _option(_SIZE, "Exact ffn width.")]
-DeviceMemory = Annotated[str | None, _option(_BUDGET, "Of each GPU, such as 24GB. Absent: no GPU.")]
-HostMemory = Annotated[str | None, _option(_BUDGET, "Of the host, such as 64GiB.")]
-Disk = Annotated[str | None, _option(_BUDGET, "Free disk for the run folder.")]
-Gpus = Annotated[int, _option(_BUDGET, "GPUs of one host, a rank each.", min=1)]
-Data = Annotated[list[str] | None, _option(_BUDGET, "Training text for the run.yaml; may be repeated.")]
-Write = Annotated[Path, _option(_BUDGET, "The run.yaml to be; never replaces a file.")]
-_MEASURE_HELP = "Measure this machine first, in about a minute; it is remembered, and step times are predicted for it."
-CalibrateMachine = Annotated[bool, _option("Speed", _MEASURE_HELP, "--calibrate-machine")]
 
 
 @command
 def main(
     base: Annotated[str, typer.Argument(help=_BASE_HELP)],
-    overrides: Overrides = None,
-    keep: Keep = None,
-    target_params: TargetParams = None,
-    hidden_size: HiddenSize = None,
-    intermediate_size: IntermediateSize = None,
-    device_memory: DeviceMemory = None,
-    host_memory: HostMemory = None,
-    disk: Disk = None,
-    gpus: Gpus = 1,
-    data: Data = None,
-    write: Write = Path("run.yaml"),
-    calibrate_machine: CalibrateMachine = False,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=_OVERRIDES_HELP)] = None,
+    keep: Annotated[float | None, option(_SIZE, "Share of the real parameter count to keep.")] = None,
+    target_params: Annotated[float | None, option(_SIZE, "Parameters to come close to, such as 4.5e9.")] = None,
+    hidden_size: Annotated[int | None, option(_SIZE, "Exact residual width.")] = None,
+    intermediate_size: Annotated[int | None, option(_SIZE, "Exact ffn width.")] = None,
+    device_memory: Annotated[str | None, option(_BUDGET, "Of each GPU, such as 24GB. Absent: no GPU.")] = None,
+    host_memory: Annotated[str | None, option(_BUDGET, "Of the host, such as 64GiB.")] = None,
+    disk: Annotated[str | None, option(_BUDGET, "Free disk for the run folder.")] = None,
+    gpus: Annotated[int, option(_BUDGET, "GPUs of one host, a rank each.", min=1)] = 1,
+    data: Annotated[list[str] | None, option(_BUDGET, "Training text for the run.yaml; may be repeated.")] = None,
+    write: Annotated[Path, option(_BUDGET, "The run.yaml to be; never replaces a file.")] = Path("run.yaml"),
+) -> Result:
     """Pick legal widths; count parameters and FLOPs; predict memory. Reads no weight, needs no GPU.
 
     With a budget it chooses the settings that fit it and compute and move least, explains them, and writes a run.yaml
     that `compress` takes.
     """
+    from pcscale.common.errors import RequestError
     from pcscale.common.units import parse_bytes
     from pcscale.distributed.zero_form import forms_to_choose
     from pcscale.memory.choose import Budget, choose, reasons
     from pcscale.memory.predict import Prediction
     from pcscale.memory.shared import KNOBS
-    from pcscale.memory.speed import step_seconds
 
     sizes = {"keep": keep, "target_params": target_params}
     widths = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
     config, own = _settings(base, {**sizes, **widths}, overrides or [], data)
     plan = _plan(config)
-    speed = _speed(calibrate_machine)
     prediction = Prediction(plan, config)
     limits = [None if size is None else parse_bytes(size) for size in (device_memory, host_memory, disk)]
     budget = Budget(*limits, gpus=gpus)
     if budget == Budget():
-        document = prediction.document(base, speed and step_seconds(prediction, speed))
-        print_json(document) if json else _print(document, plan)
-        return
-    _refuse_to_replace(write)
+        document = prediction.document(base)
+        return Result(document, lambda: _print(document, plan))
+    if write.exists():
+        raise RequestError(f"{write} exists already. Name another file with --write, or remove it.")
     choice = choose(prediction, budget, forms_to_choose(), config.model_fields_set)
     _write(write, choice.config, own)
-    document = choice.prediction.document(base, speed and step_seconds(choice.prediction, speed))
+    document = choice.prediction.document(base)
     why = reasons(choice, config, budget)
     chosen = {key: {"value": getattr(choice.config, key), "why": why.get(key, "")} for key in KNOBS}
-    if json:
-        print_json({**document, "chosen": chosen, "needs": choice.needs, "run_yaml": str(write)})
-        return
-    _print(document, plan)
-    _print_choice(choice, chosen, budget)
-    print(f"wrote {write}. Next: pcscale compress {write}")
+    more = {"chosen": chosen, "needs": choice.needs, "run_yaml": str(write)}
+
+    def show() -> None:
+        _print(document, plan)
+        _print_choice(choice, chosen, budget)
+        print(f"wrote {write}. Next: pcscale compress {write}")
+
+    return Result({**document, **more}, show)
 
 
 def _settings(
@@ -124,26 +102,6 @@ def _plan(config: "PlanConfig") -> "Plan":
     if has_weights(source.folder):
         read_base_entries(source.folder, family, base_config)
     return make_plan(family, base_config, config)
-
-
-def _speed(measure: bool) -> "Speed | None":
-    """The speed of this machine, measured now or earlier; None: it never was."""
-    from pcscale.common.cache import cache_folder
-    from pcscale.memory.speed import read_speed, speed_file, write_speed
-
-    path = speed_file(cache_folder())
-    if measure:
-        from pcscale.jobs.measure import measure_speed
-
-        write_speed(path, measure_speed(path.parent))
-    return read_speed(path)
-
-
-def _refuse_to_replace(path: Path) -> None:
-    from pcscale.common.errors import RequestError
-
-    if path.exists():
-        raise RequestError(f"{path} exists already. Name another file with --write, or remove it.")
 
 
 def _write(path: Path, config: "PlanConfig", own: dict[str, Any]) -> None:
@@ -205,8 +163,6 @@ def _print(document: dict[str, Any], plan: "Plan") -> None:
     ]
     if document["communicated_bytes_per_step"]:
         rows.append(["communicated by a rank, a step", format_bytes(document["communicated_bytes_per_step"])])
-    seconds = document["step_seconds"] or {}
-    rows += [[f"seconds of a step on this machine, {name}", f"{value:.2f}"] for name, value in seconds.items()]
     print_table("Training", ["", "predicted"], rows)
     rows = [[name, part["home"], format_bytes(part["bytes"])] for name, part in document["memory"].items()]
     print_table("Memory while training, each part at its largest (of one rank)", ["part", "home", "predicted"], rows)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json
+from pcscale.cli.common import Result, command
 
 _SUFFIXES = (".yaml", ".sh")
 
@@ -17,12 +17,10 @@ def main(
         Path | None,
         typer.Option(help="The file to write; never replaces one. Absent: the recipe's own name, in this folder."),
     ] = None,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+) -> Result:
     """List the run.yaml files and scripts to start from, or copy one of them."""
     from pcscale.common.errors import RequestError
+    from pcscale.common.files import write_text
     from pcscale.config.files import RECIPES_FOLDER, packaged_files
 
     recipes = packaged_files(RECIPES_FOLDER, *_SUFFIXES)
@@ -30,37 +28,22 @@ def main(
         if output is not None:
             raise RequestError("--output needs the name of a recipe. `pcscale recipes` lists them.")
         summaries = {known: _summary(path) for known, path in recipes.items()}
-        if json:
-            print_json({"recipes": [{"name": known, "summary": text} for known, text in summaries.items()]})
-        else:
-            for known, text in summaries.items():
-                print(f"{known:<{max(map(len, summaries))}}  {text}")
-        return
+        lines = [f"{known:<{max(map(len, summaries))}}  {text}" for known, text in summaries.items()]
+        listed = [{"name": known, "summary": text} for known, text in summaries.items()]
+        return Result({"recipes": listed}, lambda: print(*lines, sep="\n"))
     if name not in recipes:
         raise RequestError(f"there is no recipe '{name}'. Choose among {', '.join(recipes)}.")
     target = output or Path(recipes[name].name)
-    _copy(recipes[name], target)
-    if json:
-        print_json({"recipe": name, "output": str(target)})
-    else:
-        print(f"{target}: change what differs for you, then use it.")
+    if target.exists():
+        raise RequestError(f"{target} exists already. Name another file with --output, or remove it.")
+    if not target.parent.is_dir():
+        raise RequestError(f"{target.parent} does not exist. Name a file in a folder that does.")
+    write_text(target, recipes[name].read_text(encoding="utf-8"))
+    document = {"recipe": name, "output": str(target)}
+    return Result(document, lambda: print(f"{target}: change what differs for you, then use it."))
 
 
 def _summary(path: Path) -> str:
     """The first comment of a recipe, a shell's first line apart."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return next(line.removeprefix("# ") for line in lines if line.startswith("# "))
-
-
-def _copy(source: Path, target: Path) -> None:
-    from pcscale.common.errors import RequestError
-    from pcscale.common.files import readable_os_errors
-
-    with readable_os_errors(target):
-        try:
-            with target.open("x", encoding="utf-8") as file:
-                file.write(source.read_text(encoding="utf-8"))
-        except FileExistsError:
-            raise RequestError(f"{target} exists already. Name another file with --output, or remove it.") from None
-        except FileNotFoundError:
-            raise RequestError(f"{target.parent} does not exist. Name a file in a folder that does.") from None

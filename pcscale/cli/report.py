@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json, print_table
+from pcscale.cli.common import Result, command, print_table
 
 
 @command
@@ -14,20 +14,17 @@ def main(
     memory: Annotated[
         bool, typer.Option("--memory", help="Print the memory of the run, predicted beside measured.")
     ] = False,
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+) -> Result:
     """Write the run's report anew."""
     from pcscale.reporting.report import write_report
     from pcscale.reporting.table import memory_tables
     from pcscale.run.folder import RunFolder
 
     report = write_report(run)
-    if json:
-        print_json(report)
-        return
-    if memory:
-        for title, table in memory_tables(report).items():
+
+    def show() -> None:
+        for title, table in memory_tables(report).items() if memory else ():
             print_table(title, *table)
-    print(RunFolder(run).page)
+        print(RunFolder(run).page)
+
+    return Result(report, show)

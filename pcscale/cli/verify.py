@@ -1,27 +1,22 @@
-"""`pcscale verify`: is what a run left behind what it claims to be?"""
+"""`pcscale verify`: checks that a run's checkpoint and merged model are what they claim to be."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pcscale.cli.common import DebugFlag, JsonFlag, QuietFlag, command, print_json, print_table
+from pcscale.cli.common import Result, command, print_table
 
 
 @command
 def main(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    json: JsonFlag = False,
-    quiet: QuietFlag = False,
-    debug: DebugFlag = False,
-) -> None:
+) -> Result:
     """Compare merged with live logits and a streamed with an in-memory step; hash checkpoint and base again."""
     from pcscale.jobs.verify import verify
 
     result = verify(run)
-    if json:
-        print_json(result)
-    else:
-        print_table(f"{run}: verified", ["check", "found", "allowed"], result["rows"])
-    if not result["passed"]:
-        raise typer.Exit(1)
+    columns = ["check", "found", "allowed"]
+    return Result(
+        result, lambda: print_table(f"{run}: verified", columns, result["rows"]), exit_code=0 if result["passed"] else 1
+    )

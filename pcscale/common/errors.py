@@ -25,8 +25,6 @@ class BudgetError(PcscaleError, ValueError):
 class RunError(PcscaleError, RuntimeError):
     """The request was right and the run failed: a full disk, losses that are not finite."""
 
-    exit_code = 1
-
 
 class PeerFailed(PcscaleError):
     """Another process of the run has failed, and reports the reason itself."""

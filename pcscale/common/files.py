@@ -86,11 +86,6 @@ def publish(temporary: Path, path: Path) -> None:
     sync_to_disk(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, in UTF-8, in one step."""
-    write_bytes(path, text.encode())
-
-
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step."""
     temporary = temporary_beside(path)
@@ -104,6 +99,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, in UTF-8, in one step."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

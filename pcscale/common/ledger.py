@@ -24,23 +24,9 @@ HIDDEN = "hidden states"
 TEACHER = "teacher"
 WORKING = "working memory"
 CONTEXT = "device context"
-COMPONENTS = (
-    LIBRARIES,
-    CONTEXT,
-    FROZEN_BASE,
-    ROTATION,
-    RECORDS,
-    MOMENTS,
-    RECORD_BUFFERS,
-    PINNED_BUFFERS,
-    WEIGHTS,
-    GRADIENTS,
-    DIRECT,
-    ENGINE,
-    HIDDEN,
-    TEACHER,
-    WORKING,
-)
+_PROJECTIONS = (FROZEN_BASE, ROTATION, RECORDS, MOMENTS, RECORD_BUFFERS, PINNED_BUFFERS)
+_MODELS = (WEIGHTS, GRADIENTS, DIRECT, ENGINE, HIDDEN, TEACHER)
+COMPONENTS = (LIBRARIES, CONTEXT, *_PROJECTIONS, *_MODELS, WORKING)
 """Every component of measured memory. Libraries, working memory and a device's context are never entered: they are the
 rest."""
 
@@ -53,11 +39,9 @@ class Listener(Protocol):
 
     def change(self, stage: str | None) -> None:
         """Note that another stage begins; None: the phase goes on outside of any stage."""
-        ...
 
     def mark_idle(self) -> None:
         """Count all memory that is held and not entered as the libraries'."""
-        ...
 
 
 class Ledger:

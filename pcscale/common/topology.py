@@ -9,13 +9,7 @@ _LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 @dataclass(frozen=True)
 class Topology:
-    """The processes of a run.
-
-    Attributes:
-        rank: number of this process, from 0.
-        world_size: number of processes.
-        local_rank: number of this process among those of its host.
-    """
+    """The processes of a run, and the number of this one among all and among those of its host."""
 
     rank: int = 0
     world_size: int = 1
@@ -36,14 +30,10 @@ ONE_PROCESS = Topology()
 
 
 class Group(Protocol):
-    """The processes of a run that exchange values. Every rank makes the same calls in the same order.
-
-    Attributes:
-        device_name: the name of this rank's device; None: a lone process chooses.
-    """
+    """The processes of a run that exchange values. Every rank makes the same calls in the same order."""
 
     topology: Topology
-    device_name: str | None
+    device_name: str | None  # of this rank; None: a lone process chooses
 
     def gather(self, value: Any) -> list[Any]:
         """Collect each rank's value, in the order of ranks, on every rank."""

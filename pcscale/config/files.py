@@ -16,10 +16,7 @@ def packaged_files(folder: str, *suffixes: str) -> dict[str, Path]:
 
 
 def resolve_deepspeed(name_or_path: str) -> Path:
-    """The DeepSpeed file that a run names: a path, or the name of a file that comes with pcscale.
-
-    Args:
-        name_or_path: A path such as `my_zero.json`, or a name such as `zero3_offload_cpu`. An existing file wins.
+    """The DeepSpeed file that a run names: a path, or else the name of a file that comes with pcscale.
 
     Raises:
         RequestError: there is neither such a file nor such a name.

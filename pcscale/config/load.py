@@ -64,16 +64,12 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         if not separator or not key:
             raise RequestError(f"'{override}' is not of the form key=value.")
         group, dot, inner = key.partition(".")
-        value = _parse_yaml(text, f"the value of {key}")
+        target = merged
         if dot:
-            if merged.get(group) is None:
-                merged[group] = {}
-            group_values = merged[group]
-            if not isinstance(group_values, dict):
+            target = merged[group] = {} if merged.get(group) is None else merged[group]
+            if not isinstance(target, dict):
                 raise RequestError(f"{group} holds no settings of its own, so {key} cannot be set.")
-            group_values[inner] = value
-        else:
-            merged[key] = value
+        target[inner if dot else key] = _parse_yaml(text, f"the value of {key}")
     return merged
 
 

@@ -20,6 +20,14 @@ def _check_rank(value: Any) -> Any:
     return value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_trackers(value: Any) -> Any:
+    return [] if value == "none" else _as_list(value)
+
+
 def _check_size(value: Any) -> Any:
     parse_bytes(value)
     return str(value)
@@ -32,13 +40,7 @@ REBUILDING_STARTS = ("least_squares", "pca_least_squares")
 ROTATING_STARTS = ("pca", "pca_least_squares")
 """Starts whose residual stream is rotated."""
 _OF_RECORDS = (
-    "projection_rates",
-    "base_home",
-    "base_precision",
-    "residency",
-    "record_dtype",
-    "moments",
-    "projection_rank",
+    *("projection_rates", "base_home", "base_precision", "residency", "record_dtype", "moments", "projection_rank"),
 )
 """Settings without a meaning for hard pruning, which has no records."""
 
@@ -46,43 +48,33 @@ Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fal
 Whole = Annotated[int, BeforeValidator(_refuse_bool)]
 Count = Annotated[Whole, Field(gt=0)]
 Size = Annotated[str, BeforeValidator(_check_size)]
+Names = Annotated[list[str], BeforeValidator(_as_list)]
 
 Importance = Literal["activation", "energy", "magnitude", "random"]
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def _theme(name: str) -> dict[str, Any]:
-    return {"theme": name}
+_MODEL: dict[str, Any] = {"theme": "model"}
+_DATA: dict[str, Any] = {"theme": "data"}
+_TRAINING: dict[str, Any] = {"theme": "training"}
+_MEMORY: dict[str, Any] = {"theme": "memory"}
+_OUTPUT: dict[str, Any] = {"theme": "output"}
 
 
-_MODEL, _DATA, _TRAINING, _MEMORY, _OUTPUT = (
-    _theme(name) for name in ("model", "data", "training", "memory", "output")
-)
-
-
-class DataConfig(BaseModel):
+class DataConfig(_Settings):
     """Where the text comes from."""
 
-    model_config = _STRICT
-
-    train: list[str] = Field(min_length=1)
+    train: Names = Field(min_length=1)
     """Text to train on: files or globs (.txt, .jsonl, .parquet, each also gzipped), or one Hub data set id."""
-    validation: list[str] | None = Field(default=None, min_length=1)
+    validation: Names | None = Field(default=None, min_length=1)
     """Held-out text, in the same forms. Absent: the last part of train is held out."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            return {key: [value] if isinstance(value, str) else value for key, value in values.items()}
-        return values
 
-
-class DistillConfig(BaseModel):
+class DistillConfig(_Settings):
     """How the base teaches the compressed model."""
-
-    model_config = _STRICT
 
     weight: Annotated[Number, Field(gt=0, le=1)] = 0.5
     """Share w of the loss: (1 - w) cross entropy + w temperature² KL(base ‖ compressed). Units: fraction."""
@@ -106,10 +98,8 @@ GROUPS: dict[str, type[BaseModel]] = {"data": DataConfig, "distill": DistillConf
 """Settings that hold settings of their own."""
 
 
-class PlanConfig(BaseModel):
+class PlanConfig(_Settings):
     """Everything that a run's plan depends on: all settings but its text and its folder."""
-
-    model_config = _STRICT
 
     base: str = Field(min_length=1, json_schema_extra=_MODEL)
     """The base model: a local checkpoint folder or a Hub id."""
@@ -225,15 +215,10 @@ class PlanConfig(BaseModel):
     """How many checkpoints stay. Units: checkpoints."""
     max_shard_size: Size = Field(default="5GB", json_schema_extra=_OUTPUT)
     """Largest file of the merged model. Units: bytes."""
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default=[], json_schema_extra=_OUTPUT)
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_as_trackers)] = Field(
+        default=[], json_schema_extra=_OUTPUT
+    )
     """Trackers that get every step's metrics too; each needs its own package."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_tracker_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("report_to"), str):
-            return {**values, "report_to": [] if values["report_to"] == "none" else [values["report_to"]]}
-        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -244,22 +229,11 @@ class PlanConfig(BaseModel):
 
     @model_validator(mode="after")
     def _settings_go_together(self) -> "PlanConfig":
-        widths = [self.hidden_size, self.intermediate_size]
-        if (widths[0] is None) != (widths[1] is None):
+        if (self.hidden_size is None) != (self.intermediate_size is None):
             raise ValueError("hidden_size and intermediate_size go together: set both or neither")
-        given = [
-            key
-            for key, value in (
-                ("keep", self.keep),
-                ("target_params", self.target_params),
-                ("hidden_size", widths[0]),
-            )
-            if value is not None
-        ]
+        given = [key for key in ("keep", "target_params", "hidden_size") if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say the size: keep one of them")
-        if self.method == "hard_prune" and self.aux_learning_rate is not None:
-            raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
         if self.start != "selection" and self.importance in TEXT_FREE:
             raise ValueError(
                 f"start {self.start} is made of activations: set importance energy or activation, or start selection"
@@ -271,6 +245,8 @@ class PlanConfig(BaseModel):
         if self.deepspeed is not None and self.gradient_home == "cpu":
             raise ValueError("gradient_home cpu is for one process: with deepspeed, ZeRO's offload moves gradients")
         if self.method == "hard_prune":
+            if self.aux_learning_rate is not None:
+                raise ValueError("aux_learning_rate has no meaning with method hard_prune: set learning_rate")
             for key in _OF_RECORDS:
                 if getattr(self, key) != PlanConfig.model_fields[key].default:
                     raise ValueError(f"{key} has no meaning with method hard_prune, which has no records: remove it")
@@ -328,33 +304,8 @@ class RunConfig(PlanConfig):
         return self.model_copy(update={"aux_learning_rate": self.aux_rate}) if self.method == "projected" else self
 
 
-class CalibrateSettings(BaseModel):
-    """One calibration: the settings of `pcscale calibrate`."""
-
-    model_config = _STRICT
-
-    base: str = Field(min_length=1)
-    """Checkpoint folder or Hub id."""
-    data: list[str] = Field(min_length=1)
-    """Text: files, globs or a Hub data set id."""
-    output: str = Field(min_length=1)
-    """The file to write, such as scores.safetensors."""
-    importance: Importance = defaults.IMPORTANCE
-    """Kind of scores: energy, activation, magnitude or random."""
-    tokens: Count = defaults.CALIBRATION_TOKENS
-    """At most this many tokens of text. Units: tokens."""
-    sequence_length: Annotated[Whole, Field(gt=1)] = defaults.SEQUENCE_LENGTH
-    """Length of a sequence. Units: tokens."""
-    batch_size: Count = defaults.BATCH_SIZE
-    """Sequences at a time."""
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
-    """Seed of random scores."""
-
-
-class EvaluateSettings(BaseModel):
-    """Held-out text: the settings of `pcscale evaluate`."""
-
-    model_config = _STRICT
+class EvaluateSettings(_Settings):
+    """Text and its amount: the settings of `pcscale evaluate`."""
 
     data: list[str] = Field(min_length=1)
     """Text: files, globs or a Hub data set id."""
@@ -364,3 +315,18 @@ class EvaluateSettings(BaseModel):
     """Length of a sequence. Units: tokens."""
     batch_size: Count = defaults.BATCH_SIZE
     """Sequences at a time."""
+
+
+class CalibrateSettings(EvaluateSettings):
+    """One calibration: the settings of `pcscale calibrate`."""
+
+    base: str = Field(min_length=1)
+    """Checkpoint folder or Hub id."""
+    output: str = Field(min_length=1)
+    """The file to write, such as scores.safetensors."""
+    importance: Importance = defaults.IMPORTANCE
+    """Kind of scores: energy, activation, magnitude or random."""
+    tokens: Count = defaults.CALIBRATION_TOKENS
+    """At most this many tokens of text. Units: tokens."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    """Seed of random scores."""

@@ -15,21 +15,10 @@ from pcscale.storage.hashing import fingerprint
 
 @lru_cache(maxsize=1)
 def sequence_order(num_sequences: int, seed: int, epoch: int) -> Tensor:
-    """The order of the sequences in one epoch, int64 `[N]`; do not change it, since the last one is cached.
-
-    Args:
-        num_sequences: N.
-        seed: the run's.
-        epoch: counted from 0.
-    """
+    """The order of the sequences in one epoch, counted from 0: int64 `[N]`; do not change it, it is cached."""
     # torch seeds its host generator with the low 32 bits alone, so seed and epoch are mixed into all of them.
     mixed = int(fingerprint(f"{seed} {epoch}".encode())[:16], 16)
     return torch.randperm(num_sequences, generator=torch.Generator().manual_seed(mixed))
-
-
-def sequences_seen(num_sequences: int, seed: int, count: int) -> Tensor:
-    """The sequences among the first `count` that a run sees, each once, int64."""
-    return sequence_order(num_sequences, seed, 0)[:count]
 
 
 def step_batches(
@@ -42,11 +31,10 @@ def step_batches(
     ranks.
 
     Args:
-        train_NT: token ids, `[N, T]`.
+        train_NT: token ids.
         step: counted from 1.
         sequences_per_step: micro batch times accumulation times ranks.
         batch_size: B; the last batch is smaller where it does not divide sequences_per_step.
-        seed: the run's.
 
     Returns:
         int64 tensors `[B, T]`, on the host.

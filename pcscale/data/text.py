@@ -61,8 +61,7 @@ def describe(sources: list[str]) -> list[dict[str, str | int]]:
         files = _files(source)
         if files is None:
             descriptions.append({"hub": source})
-            continue
-        for file in files:
+        for file in files or ():
             status = file.stat()
             descriptions.append({"path": str(file), "bytes": status.st_size, "changed_ns": status.st_mtime_ns})
     return descriptions
@@ -83,10 +82,10 @@ def _files(source: str) -> list[Path] | None:
         return None
     else:
         raise RequestError(f"{source} does not exist. Name a file, a glob or a Hub data set (owner/name).")
-    for file in files:
-        if _extension(file) not in _READERS:
-            known = ", ".join(_READERS)
-            raise RequestError(f"{file} is of an unknown kind. Known are {known}, each also with .gz after it.")
+    unknown = next((file for file in files if _extension(file) not in _READERS), None)
+    if unknown is not None:
+        known = ", ".join(_READERS)
+        raise RequestError(f"{unknown} is of an unknown kind. Known are {known}, each also with .gz after it.")
     return files
 
 
@@ -95,16 +94,13 @@ def _extension(file: Path) -> str:
 
 
 def _texts(rows: Iterator[Any], where: str) -> Iterator[str]:
-    """The text of every row, without the empty ones."""
     for row in rows:
         if not isinstance(row, dict):
             raise RequestError(f"{where} holds {type(row).__name__}, expected objects with a field `text`. Correct it.")
         if "text" not in row:
             raise RequestError(f"{where} has no column `text`, only {', '.join(row)}. Rename the one with the text.")
         text = row["text"]
-        if text is None:
-            continue
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             raise RequestError(f"{where} has {type(text).__name__} in `text`, expected str. Correct it.")
         if text and not text.isspace():
             yield text
@@ -121,7 +117,6 @@ def silence_datasets() -> None:
 
 
 def _load(path: str, **options: Any) -> Any:
-    """A streaming data set."""
     import datasets
 
     silence_datasets()
@@ -152,8 +147,8 @@ def _reason(error: Exception) -> str:
 
 
 def _load_file(builder: str, file: Path, scratch: Path, **options: Any) -> Any:
-    path = glob.escape(str(file.absolute()))
-    return _load(builder, data_files=[path], cache_dir=str(scratch / "cache"), **options)
+    data_files = [glob.escape(str(file.absolute()))]
+    return _load(builder, data_files=data_files, cache_dir=str(scratch / "cache"), **options)
 
 
 def _text_rows(file: Path, scratch: Path) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pcscale.common.console import console
 from pcscale.common.errors import RequestError
-from pcscale.config.schema import RunConfig
+from pcscale.config.schema import DataConfig
 from pcscale.data.text import describe, documents
 from pcscale.run.token_file import KEY, TOKENIZER, TOKENS_NAME, TRAIN, VALIDATION
 from pcscale.storage.hashing import fingerprint
@@ -67,15 +67,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenize
 
 
 def tokenize(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", limit: int) -> Tensor:
-    """The tokens of all documents, each followed by EOS; no other special token is added.
+    """The tokens of all documents, int32, each followed by EOS; no other special token is added.
 
-    Args:
-        documents: texts, read only as far as `limit` needs.
-        tokenizer: a tokenizer with an EOS token.
-        limit: most tokens; the last document may be cut by it.
-
-    Returns:
-        int32 `[N]`, N ≤ limit.
+    Documents are read only as far as the limit needs, which may cut the last one.
 
     Memory: 4 bytes a token, and the tokenizer's for a piece of a million characters.
     """
@@ -117,11 +111,7 @@ def _pieces(document: str) -> Iterator[str]:
 def count_text_bytes(tokens_N: Tensor, tokenizer: "PreTrainedTokenizerBase") -> int:
     """Number of UTF-8 bytes in the text of these tokens, for bits per byte.
 
-    Documents are decoded one by one, as they were tokenised, and special tokens stand for no text.
-
-    Args:
-        tokens_N: integers, `[N]`, documents ended by EOS.
-        tokenizer: the one that made them.
+    Documents, ended by EOS, are decoded one by one, as they were tokenised; special tokens stand for no text.
     """
     document_ends = (tokens_N == _eos(tokenizer)).nonzero().flatten() + 1
     num_bytes = 0
@@ -146,10 +136,8 @@ def read_sequences(
     Args:
         setting: the user's name for the sources, for errors.
         sources: files, globs or Hub data set ids, as for `documents`.
-        tokenizer: a tokenizer with an EOS token.
-        sequence_length: T.
         count: most sequences.
-        vocab_size: the model's vocabulary; every token id is below it.
+        vocab_size: the model's; every token id is below it.
         least: fewest sequences; 2 where the caller holds one of them out.
 
     Returns:
@@ -176,46 +164,44 @@ def read_sequences(
     return tokens_N[: full * sequence_length].view(full, sequence_length)
 
 
-def prepare_tokens(
-    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", folder: Path, train_sequences: int, vocab_size: int
-) -> TokenSets:
-    """The run's train and held-out sequences, from `folder/tokens.safetensors` where that fits the settings and text.
+@dataclass(frozen=True)
+class TokenRequest:
+    """The sequences that a run asks for."""
+
+    data: DataConfig
+    sequence_length: int
+    eval_tokens: int
+    train_sequences: int  # the most that the run can see without repeating one
+    vocab_size: int
+
+
+def prepare_tokens(request: TokenRequest, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> TokenSets:
+    """The run's train and held-out sequences, from `folder/tokens.safetensors` where that fits the request and text.
 
     Text is read as far as the run can use it. At most `eval_tokens` (but one sequence at least) are held out, from
     `data.validation`; where that is absent, from the end of the text read of `data.train`, at most a tenth of it.
-
-    Args:
-        config: the settings; `data`, `sequence_length` and `eval_tokens` matter here.
-        tokenizer: the base's.
-        folder: the run folder, which keeps the file.
-        train_sequences: most sequences that the run can see without repeating one.
-        vocab_size: the model's vocabulary; every token id is below it.
 
     Raises:
         RequestError: a source cannot be read, holds too little text, or a token id is outside the vocabulary.
     """
     file = folder / TOKENS_NAME
-    key = _key(config, tokenizer, vocab_size)
+    key = _key(request, tokenizer)
     if _stored_key(file) != key:
-        train_NT, validation_MT = _make_sequences(config, tokenizer, train_sequences, vocab_size)
-        metadata = {KEY: key, TOKENIZER: _tokenizer_fingerprint(tokenizer)}
-        write_tensors(file, {TRAIN: train_NT, VALIDATION: validation_MT}, metadata)
+        train_NT, validation_MT = _make_sequences(request, tokenizer)
+        # Runs with equal vocabularies over the same ids are over the same text.
+        vocabulary = fingerprint(json.dumps([_eos(tokenizer), tokenizer.get_vocab()], sort_keys=True).encode())
+        write_tensors(file, {TRAIN: train_NT, VALIDATION: validation_MT}, {KEY: key, TOKENIZER: vocabulary})
     return _read(file)
 
 
-def _key(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> str:
+def _key(request: TokenRequest, tokenizer: "PreTrainedTokenizerBase") -> str:
     """A hash of the text, tokenizer and sizes behind the sequences. A run that is made longer repeats its sequences."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # absent: a slow tokenizer, written in Python
     identity = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
-    validation = config.data.validation
-    sources = [describe(config.data.train), None if validation is None else describe(validation)]
-    sizes = [config.sequence_length, config.eval_tokens, vocab_size]
+    validation = request.data.validation
+    sources = [describe(request.data.train), None if validation is None else describe(validation)]
+    sizes = [request.sequence_length, request.eval_tokens, request.vocab_size]
     return fingerprint(json.dumps([sources, sizes, _eos(tokenizer), identity], sort_keys=True).encode())
-
-
-def _tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of the vocabulary: runs with equal ones over the same ids are over the same text."""
-    return fingerprint(json.dumps([_eos(tokenizer), tokenizer.get_vocab()], sort_keys=True).encode())
 
 
 def _stored_key(file: Path) -> str | None:
@@ -230,22 +216,19 @@ def _read(file: Path) -> TokenSets:
     reader = TensorReader(read_header(file)[0])
     tensors = {name: reader.tensor(name) for name in (TRAIN, VALIDATION)}
     parts = [[name, list(tensor.shape), fingerprint(reader.data(name))] for name, tensor in tensors.items()]
-    reader.close()
     return TokenSets(tensors[TRAIN], tensors[VALIDATION], fingerprint(json.dumps(parts).encode()))
 
 
-def _make_sequences(
-    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", train_sequences: int, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    train, validation, length = config.data.train, config.data.validation, config.sequence_length
-    held_out = max(1, config.eval_tokens // length)
+def _make_sequences(request: TokenRequest, tokenizer: "PreTrainedTokenizerBase") -> tuple[Tensor, Tensor]:
+    def read(setting: str, sources: list[str], count: int, least: int = 1) -> Tensor:
+        return read_sequences(setting, sources, tokenizer, request.sequence_length, count, request.vocab_size, least)
+
+    train, validation, train_sequences = request.data.train, request.data.validation, request.train_sequences
+    held_out = max(1, request.eval_tokens // request.sequence_length)
     if validation is not None:
-        return (
-            read_sequences("data.train", train, tokenizer, length, train_sequences, vocab_size),
-            read_sequences("data.validation", validation, tokenizer, length, held_out, vocab_size),
-        )
+        return read("data.train", train, train_sequences), read("data.validation", validation, held_out)
     # A ninth on top of train is a tenth of the whole.
     held_out = min(held_out, max(1, train_sequences // 9))
-    both_NT = read_sequences("data.train", train, tokenizer, length, train_sequences + held_out, vocab_size, least=2)
+    both_NT = read("data.train", train, train_sequences + held_out, least=2)
     held_out = min(held_out, max(1, len(both_NT) // 10))
     return both_NT[:-held_out], both_NT[-held_out:]

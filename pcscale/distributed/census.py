@@ -9,11 +9,7 @@ _DEEPEST = 6
 
 
 def stored_bytes(holder: Any, seen: set[int]) -> dict[str, int]:
-    """Bytes of the tensors that are reached through attributes, lists and mappings, by placement.
-
-    Args:
-        seen: addresses of the storages counted so far, which this call adds to.
-    """
+    """Bytes of the tensors that are reached, by placement; `seen` has, and gets, the addresses of counted storages."""
     found: dict[str, int] = {}
     for tensor in held_tensors(holder):
         storage = tensor.untyped_storage()
@@ -32,17 +28,11 @@ def held_tensors(holder: Any) -> Iterator[torch.Tensor]:
 def _walk(value: Any, visited: set[int], depth: int) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-        return
-    if depth == 0 or id(value) in visited or isinstance(value, str | bytes | int | float | torch.nn.Module):
-        return
-    visited.add(id(value))
-    if isinstance(value, Mapping):
-        children = list(value.values())
-    elif isinstance(value, list | tuple | set):
-        children = list(value)
-    elif type(value).__module__.startswith("deepspeed"):
-        children = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    else:
-        return
-    for child in children:
-        yield from _walk(child, visited, depth - 1)
+    elif depth and id(value) not in visited and not isinstance(value, torch.nn.Module):
+        visited.add(id(value))
+        if type(value).__module__.startswith("deepspeed") and not isinstance(value, Mapping | list | tuple | set):
+            value = getattr(value, "__dict__", {})
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        for child in list(value) if isinstance(value, list | tuple | set) else ():
+            yield from _walk(child, visited, depth - 1)

@@ -8,6 +8,7 @@ At stage 0 every rank has every gradient after the backward pass, so that a step
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 import deepspeed
@@ -63,10 +64,6 @@ class DeepSpeedEngine:
     Until `take_over` the model is whole on every rank: a resumed run publishes its weights into it before DeepSpeed
     takes it apart.
 
-    Args:
-        model: the compressed model.
-        settings: DeepSpeed's, filled in.
-
     Memory: the ZeRO stage's (deepspeed_configs/README.md); in a step the gradient that this rank works on, and on
     every rank the weights of a round, until those of the next one are published.
     """
@@ -83,7 +80,7 @@ class DeepSpeedEngine:
         self._scale = 1.0
         self._destinations: dict[str, torch.Tensor] = {}
         """Weights that this rank publishes next, where the model's own weight is not whole."""
-        self._entered: dict[tuple[str, str], int] = {}
+        self._entered = Counter[tuple[str, str]]()
         """Bytes in the ledger by component and placement. The model itself has entered its weights as a whole."""
         self._sent: list[tuple[str, torch.Tensor, Any]] = []
         """Broadcasts under way: while they are, the next matrices are worked on."""
@@ -145,16 +142,12 @@ class DeepSpeedEngine:
         return torch.tensor(norm)
 
     def round_gradient(self, sweep_round: Round) -> torch.Tensor | None:
-        """This rank's gradient of a round, clipped.
-
-        Raises:
-            RuntimeError: another rank is gone.
-        """
         mine = None
         for rank, name in enumerate(sweep_round):
-            if name is not None and (rank == self.topology.rank or not self._whole):
-                gradient = self._full_gradient(name)
-                mine = gradient.mul_(self._scale) if rank == self.topology.rank else mine
+            if name is not None and rank == self.topology.rank:
+                mine = self.gradient(name)
+            elif name is not None and not self._whole:
+                self._full_gradient(name)  # All ranks take part.
         return mine
 
     def gradient(self, name: str) -> torch.Tensor:
@@ -188,27 +181,26 @@ class DeepSpeedEngine:
     def release(self) -> None:
         """Give back DeepSpeed's memory: its objects refer to each other from places that no collector reaches."""
         self._engine.destroy()
-        parameters = list(self._parameters.values())
-        weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
-        for tensor in held_tensors([weights, self._engine.optimizer]):
+        for tensor in held_tensors([self._held_weights(), self._engine.optimizer]):
             storage = tensor.untyped_storage()
             if storage.resizable():
                 storage.resize_(0)
 
+    def _held_weights(self) -> list[torch.Tensor]:
+        """The tensors that this rank's weights, or its parts of them, lie in."""
+        return [getattr(parameter, "ds_tensor", parameter.data) for parameter in self._parameters.values()]
+
     def _enter_held(self) -> None:
-        """Enter the bytes that DeepSpeed holds now into the ledger."""
-        parameters = list(self._parameters.values())
-        weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        holders = ((WEIGHTS, self._held_weights()), (GRADIENTS, gradients), (ENGINE, self._engine.optimizer))
         seen: set[int] = set()
-        held = {(WEIGHTS, placement): size for placement, size in stored_bytes(weights, seen).items()}
+        held = Counter(
+            {(name, on): size for name, holder in holders for on, size in stored_bytes(holder, seen).items()}
+        )
         # The model's own entry of whole weights stays.
-        whole = sum(math.prod(self._shapes[name]) for name in self._parameters) * self.dtype.itemsize
-        held[WEIGHTS, "host"] = held.get((WEIGHTS, "host"), 0) - whole
-        held |= {(GRADIENTS, placement): size for placement, size in stored_bytes(gradients, seen).items()}
-        held |= {(ENGINE, placement): size for placement, size in stored_bytes(self._engine.optimizer, seen).items()}
+        held[WEIGHTS, "host"] -= sum(map(math.prod, self._shapes.values())) * self.dtype.itemsize
         for key in self._entered.keys() | held.keys():
-            ledger.enter(*key, held.get(key, 0) - self._entered.get(key, 0))
+            ledger.enter(*key, held[key] - self._entered[key])
         self._entered = held
 
     def _finish_publishing(self) -> None:

@@ -25,11 +25,7 @@ _PATIENCE_ON_DEVICES = timedelta(hours=1)
 
 
 class ProcessGroup:
-    """All ranks of this run.
-
-    Raises:
-        RuntimeError: the other ranks cannot be reached.
-    """
+    """All ranks of this run. Raises RuntimeError where they cannot be reached."""
 
     def __init__(self) -> None:
         _name_the_lone_process()
@@ -64,13 +60,11 @@ class ProcessGroup:
 
 def _name_the_lone_process() -> None:
     """Set what a launcher would have set, for a process that was started by hand."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in alone.items()})
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def is_about_a_peer(error: BaseException) -> bool:

@@ -16,23 +16,18 @@ _OURS = {
     "fp16": "pcscale runs in float32 or bfloat16",
     "bfloat16": "it is called bf16",
 }
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _SECTIONS = ("zero_optimization", "bf16", "data_types")
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The settings that DeepSpeed is started with: a file, with what run.yaml decides filled in.
-
-    Attributes:
-        file: the name that run.yaml gives it.
-        values: for `deepspeed.initialize`.
-        moved_to_stage_1: whether bfloat16 was asked for at stage 0, where DeepSpeed keeps float32 copies that overwrite
-            a weight which somebody else has set.
-    """
+    """The settings that DeepSpeed is started with: a file, with what run.yaml decides filled in."""
 
     file: str
     values: dict[str, Any]
     moved_to_stage_1: bool
+    """True where bfloat16 was asked for at stage 0, whose float32 copies would overwrite what we set."""
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -41,14 +36,11 @@ class EngineSettings:
 
     @property
     def stage(self) -> int:
-        return zero_stage(self.values)
+        return self.zero.get("stage", 0)
 
 
 def read_engine_settings(file: str, config: RunConfig, world_size: int) -> EngineSettings:
     """Read the file that run.yaml's `deepspeed` names, a path or the name of one that pcscale brings.
-
-    Args:
-        world_size: number of ranks that share a step.
 
     Raises:
         RequestError: the file contradicts run.yaml, or has a section for a thing that pcscale does itself.
@@ -70,10 +62,7 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
         ("train_batch_size",): (micro * accumulation * world_size, "the batch of a step, over all ranks,"),
         ("gradient_clipping",): (config.max_grad_norm, "max_grad_norm"),
         ("bf16", "enabled"): (config.bf16, "bf16"),
-        ("data_types", "grad_accum_dtype"): (
-            "bf16" if config.gradient_dtype == "bfloat16" else "fp32",
-            "gradient_dtype",
-        ),
+        ("data_types", "grad_accum_dtype"): (_SHORT[config.gradient_dtype], "gradient_dtype"),
     }
     filled = deepcopy(settings)
     for keys, (value, name) in decided.items():
@@ -83,8 +72,12 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
                 f"{path}: {'.'.join(keys)} is {found!r}, run.yaml has {name} {value!r}. "
                 f'Remove it from the file, or set it to "{AUTO}".'
             )
-        _put(filled, keys, value)
-    stage = zero_stage(filled)
+        *outer, last = keys
+        section = filled
+        for key in outer:
+            section = section.setdefault(key, {})
+        section[last] = value
+    stage = filled.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise RequestError(f"{path}: zero_optimization.stage is {stage!r}: expected 0, 1, 2 or 3.")
     # A skipped step would leave DeepSpeed's offloaded gradients as they are for ever; pcscale skips them itself.
@@ -98,22 +91,11 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
     }
     moves = config.bf16 and stage == 0
     if moves:
-        filled["zero_optimization"] = filled.get("zero_optimization", {}) | {"stage": 1}
+        filled.setdefault("zero_optimization", {})["stage"] = 1
     return EngineSettings(file, filled, moves)
-
-
-def zero_stage(settings: dict[str, Any]) -> Any:
-    return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 def _look_up(settings: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
         settings = settings.get(key) if isinstance(settings, dict) else None
     return settings
-
-
-def _put(settings: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
-    *path, last = keys
-    for key in path:
-        settings = settings.setdefault(key, {})
-    settings[last] = value

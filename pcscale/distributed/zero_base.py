@@ -21,10 +21,7 @@ class ZeroBase(MappedBase):
     holds the model, and files are read once. All ranks ask for the same weights in the same order.
 
     Args:
-        source: the checkpoint folder.
-        expected: fingerprints that the base must have.
         zero: DeepSpeed's section `zero_optimization`, of which `offload_param` counts; without it: host memory.
-        group: the ranks.
 
     Memory: the weights' bytes over the number of ranks; on each rank the gathered weight and those under way, which
     are the next one of a sweep or the next layer of a pass through the model.

@@ -18,20 +18,13 @@ _PLACEMENTS = {"device": "device", "cpu": "pinned", "nvme": "disk"}
 
 @dataclass(frozen=True)
 class ZeroForm:
-    """The places of the compressed model, read from a DeepSpeed file's `zero_optimization` section.
-
-    Attributes:
-        weights_on: `device`, `cpu` or `nvme`; at stage 3.
-        master_on: where float32 copies and gradients are; likewise.
-        bucket_values: values that are reduced at a time, with those of a second bucket that is filled meanwhile.
-        live_values: gathered values at a time, at stage 3.
-    """
+    """The compressed model's placements (`device`, `cpu`, `nvme`), from a DeepSpeed file's `zero_optimization`."""
 
     stage: int = 0
-    weights_on: str = "device"
-    master_on: str = "device"
-    bucket_values: int = _DEFAULT_BUCKET_VALUES
-    live_values: int = _DEFAULT_LIVE_VALUES
+    weights_on: str = "device"  # another at stage 3 alone
+    master_on: str = "device"  # float32 copies and gradients
+    bucket_values: int = _DEFAULT_BUCKET_VALUES  # reduced at a time, with a second bucket that is filled meanwhile
+    live_values: int = _DEFAULT_LIVE_VALUES  # gathered at a time, at stage 3
 
     @classmethod
     def read(cls, section: Mapping[str, Any]) -> "ZeroForm":
@@ -50,18 +43,13 @@ class ZeroForm:
             int(section.get("stage3_max_live_parameters", _DEFAULT_LIVE_VALUES)),
         )
 
-    @classmethod
-    def of_file(cls, name: str) -> "ZeroForm":
-        """The form of a DeepSpeed file, a path or the name of one that pcscale brings."""
-        return cls.read(read_json(resolve_deepspeed(name))["zero_optimization"])
-
     def scattered_bytes(self, parameters: int, ranks: int) -> int:
         """The flat copy of a bucket of gradients that stage 3 makes to scatter them to their ranks."""
         return min(self.bucket_values, parameters) * FLOAT_BYTES if self.stage == 3 and ranks > 1 else 0
 
     def moved_bytes(self, parameters: int, weight_bytes: int, ranks: int, micro_batches: int) -> int:
-        """Bytes between one rank's device and the host in a step: offloaded weights for every pass, and what the
-        offloaded master gives and takes."""
+        """Bytes between one rank's device and the host in a step: offloaded weights for every pass, and the gradients
+        and weights that an offloaded master takes and gives."""
         part = -(-parameters // ranks)
         weights = 2 * micro_batches * weight_bytes * part * (self.weights_on != "device")
         return weights + (micro_batches * FLOAT_BYTES + weight_bytes) * part * (self.master_on != "device")
@@ -70,9 +58,7 @@ class ZeroForm:
         """One rank's memory of the compressed model while it trains (deepspeed_configs/README.md has the table).
 
         Args:
-            parameters: of the compressed model.
-            weight_bytes: 2 or 4.
-            accumulates: whether a step has several micro batches.
+            accumulates: True where a step has several micro batches.
             largest: parameters of the largest weight, which stages 1 and 3 keep once more with several ranks.
 
         Source: DeepSpeed 0.19.8, counted with one rank and with two on processors.
@@ -109,4 +95,5 @@ class ZeroForm:
 
 def forms_to_choose() -> dict[str, ZeroForm]:
     """The forms of `FILES_TO_CHOOSE`, by name."""
-    return {name: ZeroForm.of_file(name) for name in FILES_TO_CHOOSE}
+    sections = {name: read_json(resolve_deepspeed(name))["zero_optimization"] for name in FILES_TO_CHOOSE}
+    return {name: ZeroForm.read(section) for name, section in sections.items()}

@@ -33,10 +33,7 @@ class HeldOut:
         return self.ids_MT.shape[0] * (self.ids_MT.shape[1] - 1)
 
     def result(self, loss: float, parameters: int, seconds: float) -> ModelResult:
-        """The result of a model.
-
-        Args:
-            seconds: time that its evaluation took.
+        """The result of a model whose evaluation took so many seconds.
 
         Raises:
             RequestError: the loss is not finite.
@@ -73,12 +70,9 @@ def mean_loss(
     device: torch.device,
     group: Group = ALONE,
 ) -> float:
-    """The mean held-out loss of a model that is in memory. Its training mode is left as it was.
+    """The mean held-out loss of a `NextTokenLoss`, or an engine's module around one; it stays in its training mode.
 
     Several ranks share the batches. Each makes equally many calls, since ZeRO-3 gathers weights in them.
-
-    Args:
-        loss_module: a `NextTokenLoss`, or an engine's module around one.
     """
     was_training = loss_module.training
     loss_module.eval()

@@ -26,17 +26,13 @@ TASK_SETS = {
 }
 """Names that stand for several tasks of the harness. `paper`: those of Stefaniak et al., 2025."""
 
-MAIN_METRICS = ("acc_norm", "acc")
-"""A task adds the first of these metrics that it has to the mean accuracy."""
-
+_MAIN_METRICS = ("acc_norm", "acc")
 _BOOTSTRAPS = 1000
 """Resamples behind the standard error of a metric that has no formula for it, such as perplexity."""
 
 _LOGGERS = ("lm_eval", "transformers", "datasets", "huggingface_hub")
 _EXPECTED_WARNINGS = (
-    "`pretrained` model kwarg",
-    "Passed an already-initialized model",
-    "Overwriting default num_fewshot",
+    *("`pretrained` model kwarg", "Passed an already-initialized model", "Overwriting default num_fewshot"),
 )
 
 
@@ -44,20 +40,14 @@ _EXPECTED_WARNINGS = (
 class TaskRequest:
     """Tasks to run, alike on every model.
 
-    Attributes:
-        names: tasks, groups or tags of the harness.
-        num_fewshot: solved examples in a prompt; None: the task's own number, which is 0 where it has none.
-        limit: at most so many documents of a task, the first ones; None: all.
-        batch_size: prompts at a time.
-
     Raises:
         RequestError: no task is named, or a number is out of range.
     """
 
-    names: tuple[str, ...]
-    num_fewshot: int | None = None
-    limit: int | None = None
-    batch_size: int = 4
+    names: tuple[str, ...]  # tasks, groups or tags of the harness
+    num_fewshot: int | None = None  # solved examples in a prompt; None: the task's own number, or 0
+    limit: int | None = None  # at most so many documents of a task, the first ones; None: all
+    batch_size: int = 4  # prompts at a time
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -81,8 +71,8 @@ def mean_accuracy(results: dict[str, dict[str, Any]]) -> float | None:
 
 
 def main_metric(result: dict[str, Any]) -> str | None:
-    """The metric that stands for a task; None: it has no accuracy."""
-    return next((metric for metric in MAIN_METRICS if result.get(metric) is not None), None)
+    """The metric that stands for a task: `acc_norm`, else `acc`; None: it has no accuracy."""
+    return next((metric for metric in _MAIN_METRICS if result.get(metric) is not None), None)
 
 
 class DownstreamTasks:

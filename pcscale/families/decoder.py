@@ -7,27 +7,29 @@ To add a family: docs/add_a_family.md.
 from collections.abc import Callable
 
 from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VOCAB, Axis
-from pcscale.families.spec import Condition, Config, Family, Kind, WeightSpec, is_tied
+from pcscale.families.spec import Condition, Config, Family, Kind, Weight, is_tied
 
 
-def _linear(name: str, out: Axis, in_: Axis, reads: str | None = None) -> WeightSpec:
-    return WeightSpec(f"{name}.weight", Kind.LINEAR, (out, in_), reads=reads)
+def _linear(name: str, out: Axis, in_: Axis, reads: str | None = None) -> Weight:
+    return Weight(f"{name}.weight", Kind.LINEAR, (out, in_), reads=f"{reads}.weight" if reads else None)
 
 
-def _norm(name: str, axis: Axis) -> WeightSpec:
-    return WeightSpec(f"{name}.weight", Kind.NORM, (axis,))
+def _norm(name: str, axis: Axis) -> Weight:
+    return Weight(f"{name}.weight", Kind.NORM, (axis,))
 
 
-def _bias(name: str, axis: Axis, when: Condition | None = None) -> WeightSpec:
-    return WeightSpec(f"{name}.bias", Kind.BIAS, (axis,), when)
+def _bias(name: str, axis: Axis, when: Condition | None = None) -> Weight:
+    return Weight(f"{name}.bias", Kind.BIAS, (axis,), when=when)
 
 
 def _flag(key: str) -> Condition:
     return lambda config: bool(config.get(key, False))
 
 
-def _untied(config: Config) -> bool:
-    return not is_tied(config)
+_EMBEDDING = Weight("model.embed_tokens.weight", Kind.EMBEDDING, (VOCAB, RESIDUAL))
+_HEAD = Weight(
+    "lm_head.weight", Kind.HEAD, (VOCAB, RESIDUAL), reads="model.norm.weight", when=lambda config: not is_tied(config)
+)
 
 
 _LAYER = (
@@ -43,73 +45,52 @@ _LAYER = (
 )
 
 
-def _attention_biases(when: Condition | None, o_proj: Condition | None) -> tuple[WeightSpec, ...]:
-    biases = (
-        _bias("self_attn.q_proj", Q_HEADS, when),
-        _bias("self_attn.k_proj", KV_HEADS, when),
-        _bias("self_attn.v_proj", KV_HEADS, when),
-    )
-    return biases if o_proj is None else (*biases, _bias("self_attn.o_proj", RESIDUAL, o_proj))
+def _qkv_biases(when: Condition | None) -> tuple[Weight, ...]:
+    axes = {"q": Q_HEADS, "k": KV_HEADS, "v": KV_HEADS}
+    return tuple(_bias(f"self_attn.{name}_proj", axis, when) for name, axis in axes.items())
 
 
 _HEAD_NORMS = (_norm("self_attn.q_norm", HEAD_DIM), _norm("self_attn.k_norm", HEAD_DIM))
 
-_MLP_BIASES = (
+_OPTIONAL_ATTENTION_BIASES = (
+    *_qkv_biases(_flag("attention_bias")),
+    _bias("self_attn.o_proj", RESIDUAL, _flag("attention_bias")),
+)
+
+_OPTIONAL_MLP_BIASES = (
     _bias("mlp.gate_proj", FFN, _flag("mlp_bias")),
     _bias("mlp.up_proj", FFN, _flag("mlp_bias")),
     _bias("mlp.down_proj", RESIDUAL, _flag("mlp_bias")),
 )
 
-_BEFORE = (WeightSpec("model.embed_tokens.weight", Kind.EMBEDDING, (VOCAB, RESIDUAL)),)
-
-_AFTER = (
-    _norm("model.norm", RESIDUAL),
-    WeightSpec("lm_head.weight", Kind.HEAD, (VOCAB, RESIDUAL), when=_untied, reads="model.norm"),
-)
-
-
-def _any_width(config: Config) -> int:
-    return 1
-
-
-def _heads(config: Config) -> int:
-    return config["num_attention_heads"]
-
 
 def _decoder(
     name: str,
     examples: str,
-    extra: tuple[WeightSpec, ...] = (),
-    hidden_multiple: Callable[[Config], int] = _any_width,
-    stated: tuple[str, ...] = (),
+    extra: tuple[Weight, ...] = (),
+    hidden_multiple: Callable[[Config], int] = lambda config: 1,
+    stated: tuple[str, ...] = ("num_key_value_heads",),
 ) -> Family:
     return Family(
         name=name,
         examples=examples,
-        model_types=(name,),
         layer_prefix="model.layers.{layer}.",
-        before=_BEFORE,
+        before=(_EMBEDDING,),
         layer=_LAYER + extra,
-        after=_AFTER,
+        after=(_norm("model.norm", RESIDUAL), _HEAD),
         hidden_multiple=hidden_multiple,
         stated=stated,
     )
 
 
-_ATTENTION_BIAS = _flag("attention_bias")
-
 LLAMA = _decoder(
     "llama",
     "Llama 2 and 3, SmolLM2, TinyLlama",
-    _attention_biases(_ATTENTION_BIAS, o_proj=_ATTENTION_BIAS) + _MLP_BIASES,
+    _OPTIONAL_ATTENTION_BIASES + _OPTIONAL_MLP_BIASES,
     # The config class refuses a hidden size that the head count does not divide, even with head_dim set.
-    hidden_multiple=_heads,
+    hidden_multiple=lambda config: config["num_attention_heads"],
+    stated=(),
 )
-MISTRAL = _decoder("mistral", "Mistral 7B", stated=("num_key_value_heads",))
-QWEN2 = _decoder("qwen2", "Qwen2 and Qwen2.5", _attention_biases(None, o_proj=None), stated=("num_key_value_heads",))
-QWEN3 = _decoder(
-    "qwen3",
-    "Qwen3",
-    _HEAD_NORMS + _attention_biases(_ATTENTION_BIAS, o_proj=_ATTENTION_BIAS),
-    stated=("num_key_value_heads", "head_dim"),
-)
+MISTRAL = _decoder("mistral", "Mistral 7B")
+QWEN2 = _decoder("qwen2", "Qwen2 and Qwen2.5", _qkv_biases(None))
+QWEN3 = _decoder("qwen3", "Qwen3", _HEAD_NORMS + _OPTIONAL_ATTENTION_BIASES, stated=("num_key_value_heads", "head_dim"))

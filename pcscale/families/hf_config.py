@@ -28,12 +28,10 @@ def read_config(folder: Path) -> Config:
 
 def compressed_config(base: Config, hidden_size: int, intermediate_size: int) -> Config:
     """The base's config at new widths. Everything else, RoPE scaling included, is the base's own."""
-    config = copy.deepcopy(base)
-    config.pop("_name_or_path", None)
     # Heads keep their size, so it can no longer be derived from the hidden size.
-    config["head_dim"] = head_dim_of(base)
-    config["hidden_size"] = hidden_size
-    config["intermediate_size"] = intermediate_size
+    sizes = {"head_dim": head_dim_of(base), "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    config = copy.deepcopy(base) | sizes
+    config.pop("_name_or_path", None)
     return config
 
 

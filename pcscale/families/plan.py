@@ -87,9 +87,9 @@ class Plan:
     @cached_property
     def alike(self) -> tuple[tuple[PlannedWeight, int], ...]:
         """The first of all matrices that are alike in kind and both shapes, with their number."""
-        found: dict[tuple[Kind, tuple[int, ...], tuple[int, ...]], list[PlannedWeight]] = {}
+        found: dict[tuple[Kind, Shapes], list[PlannedWeight]] = {}
         for planned in self.matrices:
-            found.setdefault((planned.weight.kind, planned.base_shape, planned.shape), []).append(planned)
+            found.setdefault((planned.weight.kind, planned.shapes), []).append(planned)
         return tuple((same[0], len(same)) for same in found.values())
 
     @cached_property

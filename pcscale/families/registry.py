@@ -13,17 +13,13 @@ def supported() -> str:
 
 
 def family_of(config: Config, where: str) -> Family:
-    """The family of a model, from its config.json.
-
-    Args:
-        config: the parsed config.json.
-        where: what to call it in errors.
+    """The family of a model, from its config.json, which errors call `where`.
 
     Raises:
         RequestError: the family is not supported, the weights are quantised, or the sizes are not usable.
     """
     model_type = config.get("model_type")
-    family = next((family for family in FAMILIES.values() if model_type in family.model_types), None)
+    family = FAMILIES.get(str(model_type))
     if family is None:
         raise RequestError(f"{where}: model_type {model_type!r} is not supported. Supported: {supported()}.")
     if config.get("quantization_config"):

@@ -1,7 +1,7 @@
 """The rows of a family's table, and the loop that turns them into the weights of one model."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -29,25 +29,15 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class WeightSpec:
-    """One row of a family's table: a tensor's name, below its layer, and its axes, out before in."""
-
-    name: str
-    kind: Kind
-    axes: tuple[Axis, ...]
-    when: Condition | None = None  # None: every model of the family has it
-    reads: str | None = None  # the norm whose output enters it; None: something else does
-
-
-@dataclass(frozen=True)
 class Weight:
-    """One tensor of one model."""
+    """One tensor of a model; in the table of a family its names lack the prefix of a layer, and `layer` is None."""
 
     name: str
     kind: Kind
-    axes: tuple[Axis, ...]
-    layer: int | None  # None: outside the layers
+    axes: tuple[Axis, ...]  # out before in
+    layer: int | None = None  # None: outside the layers
     reads: str | None = None  # the weight of the norm whose output enters it; None: something else does
+    when: Condition | None = None  # None: every model of the family has it
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(sizes[axis] for axis in self.axes)
@@ -60,18 +50,17 @@ class Weight:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family as data. Everything else (shapes, counts, starts, merging) is derived from its tables."""
+    """A model family as data, named by its `model_type`; shapes, counts, starts and merging follow from its tables."""
 
     name: str
     examples: str
-    model_types: tuple[str, ...]
     layer_prefix: str
     """Prefix of the weights of layer number `{layer}`."""
-    before: tuple[WeightSpec, ...]
+    before: tuple[Weight, ...]
     """Weights used before the first layer."""
-    layer: tuple[WeightSpec, ...]
+    layer: tuple[Weight, ...]
     """Weights of every layer."""
-    after: tuple[WeightSpec, ...]
+    after: tuple[Weight, ...]
     """Weights used after the last layer."""
     hidden_multiple: Callable[[Config], int]
     """The number that the config class wants hidden_size to be divisible by."""
@@ -80,17 +69,17 @@ class Family:
 
     def weights(self, config: Config) -> Iterator[Weight]:
         """Every tensor of a model with this config, once, in the order in which a forward pass needs them."""
-        yield from self._resolve(self.before, config, "", None)
+        before, of_layer, after = (
+            [weight for weight in table if weight.when is None or weight.when(config)]
+            for table in (self.before, self.layer, self.after)
+        )
+        yield from before
         for layer in range(config["num_hidden_layers"]):
-            yield from self._resolve(self.layer, config, self.layer_prefix.format(layer=layer), layer)
-        yield from self._resolve(self.after, config, "", None)
-
-    @staticmethod
-    def _resolve(specs: tuple[WeightSpec, ...], config: Config, prefix: str, layer: int | None) -> Iterator[Weight]:
-        for spec in specs:
-            if spec.when is None or spec.when(config):
-                reads = None if spec.reads is None else f"{prefix}{spec.reads}.weight"
-                yield Weight(prefix + spec.name, spec.kind, spec.axes, layer, reads)
+            prefix = self.layer_prefix.format(layer=layer)
+            for row in of_layer:
+                reads = None if row.reads is None else prefix + row.reads
+                yield replace(row, name=prefix + row.name, layer=layer, reads=reads)
+        yield from after
 
 
 def sizes_of(config: Config) -> Sizes:

@@ -1,10 +1,12 @@
 """Legal widths of a family, and the search for those that keep a wanted share of the parameters."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from pcscale.common.errors import RequestError
 from pcscale.config.schema import PlanConfig
+from pcscale.families.axes import FFN, PROJECTED_AXES, RESIDUAL
 from pcscale.families.plan import Plan
 from pcscale.families.spec import Config, Family
 
@@ -62,7 +64,7 @@ def plan_widths(family: Family, config: Config, hidden_size: int, intermediate_s
 
 
 def plan_keep(family: Family, config: Config, keep: float) -> Plan:
-    """The legal widths that keep the share `keep` of the base's real parameters, tied embeddings counted once."""
+    """The plan that keeps the share `keep` of the base's real parameters, tied embeddings counted once."""
     if not 0 < keep < 1:
         raise RequestError(f"keep {keep:g} is not a share between 0 and 1. Write 0.5 to keep half of the parameters.")
     whole = Plan.whole(family, config)
@@ -106,12 +108,10 @@ def plan_parameters(family: Family, config: Config, target: float, wanted: str) 
 def _parameter_count(family: Family, config: Config) -> Callable[[int, int], int]:
     """Parameters as a function of the two widths, from one pass over the family's table."""
     plan = Plan.whole(family, config)
-    fixed: dict[tuple[int, int], int] = {}
+    rest = Counter[tuple[int, int]]()
+    """The product of all other sizes, summed over weights, by the powers of hidden and ffn size in their counts."""
     for planned in plan.weights:
-        axes = [axis.value for axis in planned.weight.axes]
-        powers = (axes.count("residual"), axes.count("ffn"))
-        rest = math.prod(
-            size for axis, size in zip(axes, planned.base_shape, strict=True) if axis not in ("residual", "ffn")
-        )
-        fixed[powers] = fixed.get(powers, 0) + rest
-    return lambda hidden, ffn: sum(rest * hidden**h * ffn**f for (h, f), rest in fixed.items())
+        axes = planned.weight.axes
+        others = (plan.base_sizes[axis] for axis in axes if axis not in PROJECTED_AXES)
+        rest[axes.count(RESIDUAL), axes.count(FFN)] += math.prod(others)
+    return lambda hidden, ffn: sum(count * hidden**h * ffn**f for (h, f), count in rest.items())

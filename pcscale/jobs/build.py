@@ -10,7 +10,7 @@ from pcscale.common.console import console
 from pcscale.common.ranks import on_every_rank, on_first_rank
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import RunConfig
-from pcscale.data.loader import sequences_seen
+from pcscale.data.loader import sequence_order
 from pcscale.data.tokens import TokenSets
 from pcscale.jobs.run import Run
 from pcscale.model.compressed import build_compressed
@@ -24,7 +24,7 @@ from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.folder import RunFolder
 from pcscale.training.loop import Training
 from pcscale.training.state import TrainingState, load_checkpoint
-from pcscale.training.teacher import AnyTeacher, CachedTeacher, Teacher, open_cached_teacher
+from pcscale.training.teacher import AnyTeacher, CachedTeacher, Teacher
 
 
 def open_training(run: Run, start: Start, tokens: TokenSets, cached_teacher: CachedTeacher | None) -> Training:
@@ -128,8 +128,10 @@ def teacher_of(run: Run, tokens: TokenSets) -> CachedTeacher | None:
         more += f" bf16={str(in_bf16).lower()}"
         if config.gradient_dtype == "bfloat16":  # Refused without bf16.
             more += " gradient_dtype=float32"
-    seen = sequences_seen(len(tokens.train_NT), config.seed, config.max_steps * run.sequences_per_step)
-    return open_cached_teacher(run.cache, config.distill, tokens.train_NT, seen, more, run.group.topology)
+    seen = sequence_order(len(tokens.train_NT), config.seed, epoch=0)[: config.max_steps * run.sequences_per_step]
+    # One by one: together they would be a second copy of the text.
+    sequences = (tokens.train_NT[row] for row in seen.numpy())
+    return CachedTeacher(run.cache, config.distill, sequences, more, check=run.group.topology.local_rank == 0)
 
 
 def _engine(run: Run, model: torch.nn.Module) -> Engine | None:

@@ -20,12 +20,12 @@ from pcscale.common.ranks import on_every_rank, on_first_rank
 from pcscale.common.topology import ALONE
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import TEXT_FREE, RunConfig
-from pcscale.data.tokens import TokenSets, count_text_bytes, prepare_tokens
+from pcscale.data.tokens import TokenRequest, TokenSets, count_text_bytes, prepare_tokens
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.jobs.build import open_training, teacher_of
 from pcscale.jobs.fit import check_fit, check_requests, predict, say_plan, try_merge
-from pcscale.jobs.processes import processes, read_engine, reported_once
-from pcscale.jobs.run import Run, open_run
+from pcscale.jobs.processes import processes, reported_once
+from pcscale.jobs.run import Run, open_run, read_engine
 from pcscale.memory.limits import device_in_use, device_limit, host_in_use, host_limit
 from pcscale.memory.measure import MemoryMeter, Series, allocator_snapshot
 from pcscale.memory.process import machine
@@ -36,7 +36,7 @@ from pcscale.projection.checkpoint import read_fixed
 from pcscale.projection.starts import Start, make_start
 from pcscale.reporting.report import write_report
 from pcscale.run.documents import read_document, write_document
-from pcscale.run.folder import RunFolder, begin_folder
+from pcscale.run.folder import RunFolder
 from pcscale.run.metrics import cut_metrics
 from pcscale.run.record import Evaluation, GeneratedText, MemoryLimits, ModelResult, RunUsage
 from pcscale.training.loop import Training, evaluate_now, train
@@ -83,7 +83,7 @@ def compress(config: RunConfig, resume: bool = False, dry_run: bool = False, for
             return run, _check(run, force)
 
         run, document = on_every_rank(group, begin)
-        on_first_rank(group, lambda: begin_folder(config, resume))
+        on_first_rank(group, lambda: run.folder.begin(config))
         return _Job(run).finish(document)
 
 
@@ -100,10 +100,10 @@ class _Job:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.folder, self.group = run, run.config, run.folder, run.group
-        usage = self.folder.usage
+        usage = read_document(self.folder.usage, RunUsage)
         self.limits = {"host": (host_limit(), host_in_use), "device": (device_limit(), device_in_use)}
         self.meter = MemoryMeter(
-            read_document(usage, RunUsage).phases if usage.exists() else {},
+            usage.phases if usage else {},
             Series.read(self.folder.memory),
             Watchdog(self.limits) if self.group.topology.local_rank == 0 else None,
         )
@@ -144,7 +144,8 @@ class _Job:
         config = self.config
         wanted = config.wanted_sequences(self.group.topology.world_size)
         vocab_size = self.run.base.config["vocab_size"]
-        self.tokens = prepare_tokens(config, self.run.tokenizer, self.folder.path, wanted, vocab_size)
+        request = TokenRequest(config.data, config.sequence_length, config.eval_tokens, wanted, vocab_size)
+        self.tokens = prepare_tokens(request, self.run.tokenizer, self.folder.path)
         console.info(
             f"data: {self.tokens.train_NT.numel():,} training tokens, "
             f"{self.tokens.validation_MT.numel():,} held-out tokens"
@@ -280,8 +281,7 @@ class _Job:
             self._add_evaluation(sample=sample)
 
     def evaluation(self) -> Evaluation:
-        path = self.folder.evaluation
-        return read_document(path, Evaluation) if path.exists() else Evaluation()
+        return read_document(self.folder.evaluation, Evaluation) or Evaluation()
 
     def _add_evaluation(self, **results: ModelResult | GeneratedText) -> None:
         if self.run.is_first:

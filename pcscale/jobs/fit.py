@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from pcscale.common.cache import cache_folder
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError
 from pcscale.common.files import TEMPORARY_PREFIX, readable_os_errors
 from pcscale.common.topology import ALONE
-from pcscale.common.units import format_bytes, format_seconds, parse_bytes
+from pcscale.common.units import format_bytes, parse_bytes
 from pcscale.config.schema import PlanConfig
 from pcscale.distributed.zero_form import ZeroForm
 from pcscale.jobs.build import state_of
@@ -24,7 +23,6 @@ from pcscale.memory.limits import Limit, device_limit, disk_free, host_left, hos
 from pcscale.memory.predict import Prediction
 from pcscale.memory.process import anonymous_bytes
 from pcscale.memory.shared import KNOBS
-from pcscale.memory.speed import TOTAL, read_speed, speed_file, step_seconds
 from pcscale.memory.working import merge_need_bytes
 from pcscale.merging.merge import try_writer
 from pcscale.projection.layout import check_rank, record_bytes, record_format
@@ -47,12 +45,9 @@ def deployment_of(run: Run) -> Deployment:
 
 
 def predict(run: Run) -> dict[str, Any]:
-    """plan.json: the run on this machine, its step times where the machine was measured, and what other GPUs would
-    need."""
+    """The contents of plan.json: the run on this machine, and what other GPUs would need."""
     prediction = Prediction(run.plan, run.config, deployment_of(run))
-    speed = read_speed(speed_file(cache_folder()))
-    seconds = None if speed is None else step_seconds(prediction, speed)
-    return prediction.document(run.base.name, seconds) | {"devices": _devices(prediction)}
+    return prediction.document(run.base.name) | {"devices": _devices(prediction)}
 
 
 def _devices(prediction: Prediction) -> list[dict[str, Any]]:
@@ -155,10 +150,6 @@ def say_plan(document: dict[str, Any], run: Run) -> None:
     in_memory = [(part["bytes"], name) for name, part in held.items() if part["home"] != "disk"]
     largest = sorted(in_memory, reverse=True)[:5]
     console.info("training holds most for: " + ", ".join(f"{name} {format_bytes(size)}" for size, name in largest))
-    seconds = document["step_seconds"]
-    if seconds is not None:
-        whole = format_seconds(seconds[TOTAL] * run.config.max_steps)
-        console.info(f"predicted time on this machine: {seconds[TOTAL]:.1f} s a step, {whole} of training")
 
 
 def check_requests(run: Run) -> None:

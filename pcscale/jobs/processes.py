@@ -4,14 +4,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
 from typing import TypeVar
 
 from pcscale.common.console import console
-from pcscale.common.errors import PcscaleError, PeerFailed, RequestError, RunError
+from pcscale.common.errors import PcscaleError, PeerFailed, RunError
 from pcscale.common.topology import ALONE, Group, Topology
-from pcscale.config.schema import RunConfig
-from pcscale.distributed.settings import EngineSettings, read_engine_settings
+from pcscale.distributed.settings import EngineSettings
 
 Result = TypeVar("Result")
 
@@ -66,23 +64,3 @@ def reported_once(work: Callable[[], Result]) -> Result:
         if Topology.launched().local_rank == 0:
             raise
         raise PeerFailed(error.exit_code) from error
-
-
-def read_engine(config: RunConfig) -> EngineSettings | None:
-    """The settings of DeepSpeed for the processes that were started; None: one process without it.
-
-    Raises:
-        RequestError: several and no DeepSpeed file, a file that contradicts run.yaml, or no deepspeed.
-    """
-    world_size = Topology.launched().world_size
-    if config.deepspeed is None:
-        if world_size > 1:
-            raise RequestError(
-                f"started on {world_size} processes, and run.yaml names no DeepSpeed file. "
-                "Set deepspeed, for instance to zero1."
-            )
-        return None
-    engine = read_engine_settings(config.deepspeed, config, world_size)
-    if find_spec("deepspeed") is None:
-        raise RequestError("deepspeed needs the package deepspeed. Run `pip install 'pcscale[deepspeed]'`.")
-    return engine

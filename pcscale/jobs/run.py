@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,12 @@ import torch
 
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder, resolve_base
+from pcscale.common.errors import RequestError
 from pcscale.common.topology import ALONE, Group, Topology
 from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe
 from pcscale.data.tokens import load_tokenizer
-from pcscale.distributed.settings import EngineSettings
+from pcscale.distributed.settings import EngineSettings, read_engine_settings
 from pcscale.families.plan import Plan
 from pcscale.families.widths import make_plan
 from pcscale.projection.checkpoint import check_checkpoint
@@ -120,6 +122,26 @@ def open_run(
     device = torch.device(group.device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     going_on = (checkpoint, manifest) if checkpoint and manifest else None
     return Run(config, folder, group, engine, source, base, plan, device, tokenizer, going_on, cache)
+
+
+def read_engine(config: RunConfig) -> EngineSettings | None:
+    """The settings of DeepSpeed for the processes that were started; None: one process without it.
+
+    Raises:
+        RequestError: several and no DeepSpeed file, a file that contradicts run.yaml, or no deepspeed.
+    """
+    world_size = Topology.launched().world_size
+    if config.deepspeed is None:
+        if world_size > 1:
+            raise RequestError(
+                f"started on {world_size} processes, and run.yaml names no DeepSpeed file. "
+                "Set deepspeed, for instance to zero1."
+            )
+        return None
+    engine = read_engine_settings(config.deepspeed, config, world_size)
+    if find_spec("deepspeed") is None:
+        raise RequestError("deepspeed needs the package deepspeed. Run `pip install 'pcscale[deepspeed]'`.")
+    return engine
 
 
 def _is_complete(manifest: Manifest | None, config: RunConfig) -> bool:

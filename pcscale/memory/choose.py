@@ -19,7 +19,6 @@ from pcscale.config.schema import PlanConfig
 from pcscale.memory.deployment import Deployment, ModelSplit
 from pcscale.memory.predict import Prediction
 from pcscale.memory.shared import KNOBS
-from pcscale.memory.work import Work
 
 RESOURCES = {"device": "device memory", "host": "host memory", "disk": "disk"}
 SAME_COST = 1.02
@@ -95,7 +94,7 @@ class Choice:
         work = self.prediction.work
         worth = ON_GPU if self.prediction.deployment.on_gpu else ON_HOST
         flops = (work.train_flops + work.sweep_flops) * (1 if self.config.bf16 else worth.float32)
-        bus, disk, ranks = link_bytes(work)
+        bus, disk, ranks = work.links
         return flops + worth.bus * bus + worth.disk * disk + worth.ranks * ranks
 
     def fits(self, budget: Budget) -> bool:
@@ -104,15 +103,6 @@ class Choice:
     def over(self, budget: Budget) -> list[str]:
         """The resources that there is too little of."""
         return [name for name, limit in budget.limits.items() if self.needs[name] > limit]
-
-
-def link_bytes(work: Work) -> tuple[float, float, float]:
-    """Bytes of a step over the bus, to and from the disk, and between ranks."""
-    return (
-        work.bus_bytes + work.gradient_bytes,
-        work.disk_read_bytes + work.disk_written_bytes,
-        work.rank_bytes,
-    )
 
 
 def choose(
@@ -281,7 +271,7 @@ def _compared(instead: Choice, choice: Choice) -> str:
     links = (bus, "to and from the disk", "between ranks")
     moved = [
         f"{format_bytes(other - own)} more {where}"
-        for where, own, other in zip(links, link_bytes(ours), link_bytes(others), strict=True)
+        for where, own, other in zip(links, ours.links, others.links, strict=True)
         if other > own
     ]
     parts = ["computes in float32"] if choice.config.bf16 and not instead.config.bf16 else []

@@ -69,9 +69,8 @@ class Series:
         Raises:
             RequestError: the file is broken.
         """
-        if not path.exists():
-            return cls()
-        return cls(read_document(path, MemorySamples, "Restore or remove the file.").samples)
+        kept = read_document(path, MemorySamples, "Restore or remove the file.")
+        return cls(kept.samples if kept else None)
 
 
 class MemoryMeter:

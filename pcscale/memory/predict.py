@@ -1,9 +1,8 @@
 """The prediction of a run: bytes by component, phase and stage, bytes moved and written, from configs alone.
 
-Needs no torch. The parts of memory are in memory/stages.py, the time of a step in memory/speed.py.
+Needs no torch. The parts of memory are in memory/stages.py.
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from pcscale.families.axes import RESIDUAL, VOCAB
 from pcscale.memory import working
 from pcscale.memory.deployment import FLOAT_BYTES, Parts, total
 from pcscale.memory.shared import KNOBS, shared
-from pcscale.memory.stages import WORKING_PARTS, Stages
+from pcscale.memory.stages import Stages, working_parts
 from pcscale.memory.work import Work
 from pcscale.projection.layout import trainable_values
 
@@ -174,12 +173,9 @@ class Prediction(Stages):
             # Each further micro batch reduces again from stage 2 on, and gathers the weights again at stage 3.
             weights = plan.parameters * self.weight_bytes
             sent += again * (gradient_bytes * (zero.stage >= 2) + weights * (zero.stage == 3)) * (ranks > 1)
-        updates = Counter({f"{config.record_dtype}/{config.moments}": self.record_values // ranks})
-        updates["float32/32bit"] += self.direct_values
         return Work(
             train_flops=self.train_flops,
             sweep_flops=sum(self.sweep_flops) / ranks,
-            updates=dict(updates),
             bus_bytes=over_bus / ranks,
             gradient_bytes=passing * on_gpu,
             disk_read_bytes=moved["base"] * (config.base_home == "disk")
@@ -193,8 +189,8 @@ class Prediction(Stages):
     def alternatives(self) -> dict[str, dict[str, Any]]:
         """Device and host memory that training takes, beside that of the published form and of hard pruning."""
         plan, backward = self.plan, self.training["backward"]
-        names = (ledger.LIBRARIES, ledger.CONTEXT, *WORKING_PARTS)
-        same = sum(backward[name].num_bytes for name in names if name in backward)
+        libraries = [backward[name] for name in (ledger.LIBRARIES, ledger.CONTEXT) if name in backward]
+        same = sum(part.num_bytes for part in (*libraries, *working_parts(backward)))
         values = sum(trainable_values(planned) for planned in plan.weights)
         base = plan.base_parameters * self.stored_bytes
         composed = 2 * FLOAT_BYTES * self.matrix_values
@@ -215,12 +211,8 @@ class Prediction(Stages):
             },
         }
 
-    def document(self, base_name: str, step_seconds: dict[str, float] | None = None) -> dict[str, Any]:
-        """plan.json, and what `pcscale plan --json` prints.
-
-        Args:
-            step_seconds: seconds of a step on a machine that was measured (memory/speed.py); None: it was not.
-        """
+    def document(self, base_name: str) -> dict[str, Any]:
+        """The contents of plan.json, which `pcscale plan --json` prints."""
         plan, config = self.plan, self.config
         largest = {
             name: max((parts[name] for parts in self.training.values() if name in parts), key=lambda p: p.num_bytes)
@@ -252,7 +244,6 @@ class Prediction(Stages):
             "moved": self.moved,
             "written_bytes_per_step": self.written_bytes_per_step,
             "communicated_bytes_per_step": self.communicated_bytes_per_step,
-            "step_seconds": step_seconds,
             "memory": _document(largest),
             "peak": self.peaks,
             "phases": {

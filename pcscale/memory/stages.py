@@ -45,27 +45,15 @@ ACTIVATIONS, LOGITS, HEAD_GRADIENT = "activations", "logits", "head gradient"
 ON_ITS_WAY, IN_FLIGHT, TEMPORARIES = "base on its way", "base in flight", "sweep temporaries"
 START, LAYER, SECOND_MOMENTS, BUFFERS = "start tensors", "layer", "second moments", "merge buffers"
 TARGETS, SCATTERED, ALLOCATOR = "teacher targets", "scattered gradients", "allocator"
-WORKING_PARTS = (
-    ACTIVATIONS,
-    LOGITS,
-    HEAD_GRADIENT,
-    ON_ITS_WAY,
-    IN_FLIGHT,
-    TEMPORARIES,
-    START,
-    LAYER,
-    SECOND_MOMENTS,
-    BUFFERS,
-    TARGETS,
-    GATHERED,
-    SCATTERED,
-    ALLOCATOR,
-)
-"""Parts that are measured together, as working memory."""
 _PASSING = (ledger.GRADIENTS, GATHERED)
 """Parts of the compressed model that are not there in a whole step."""
 _RECORD_PLACEMENTS = {"device": "device", "cpu": "pinned", "disk": "disk"}
 _BASE_PLACEMENTS = {"device": "device", "cpu": "pinned", "zero": "host", "disk": "disk"}
+
+
+def working_parts(parts: Parts) -> list[Part]:
+    """The parts that are measured together, as working memory."""
+    return [part for name, part in parts.items() if name not in ledger.COMPONENTS]
 
 
 @dataclass(frozen=True)
@@ -301,7 +289,7 @@ class Stages(SharedSizes):
     def _settled(self, parts: Parts, kept_bytes: int) -> Parts:
         """The parts with what allocators keep, each at its placement."""
         if self.deployment.on_gpu:
-            lost = DEVICE_SLACK * total((parts[name] for name in WORKING_PARTS if name in parts), "device")
+            lost = DEVICE_SLACK * total(working_parts(parts), "device")
             return parts | {ALLOCATOR: Part("device", int(lost))}
         return self.deployment.settle(parts | {ALLOCATOR: Part("host", kept_bytes)})
 

@@ -1,4 +1,4 @@
-"""The work of a step on one rank, computed and moved: settings are ranked by it, and measured speeds apply to it.
+"""The work of a step on one rank, computed and moved: settings are ranked by it.
 
 Needs no torch. Not counted: evaluations and checkpoints; host memory as a cache of files (what lives on disk is read
 from the disk in every step).
@@ -23,7 +23,6 @@ class Work:
     Attributes:
         train_flops: forward and backward, with what is computed twice, and the teacher's forward.
         sweep_flops: products of the sweep.
-        updates: trainable values that the rank updates, by the format of their records (`float32/32bit`).
         bus_bytes: between host and device while the sweep runs; without a GPU from memory to memory.
         gradient_bytes: between host and device while it does not: gradients, and what ZeRO offloads.
         disk_read_bytes: base weights, records, and what teaches.
@@ -33,12 +32,17 @@ class Work:
 
     train_flops: float
     sweep_flops: float
-    updates: dict[str, int]
     bus_bytes: float
     gradient_bytes: float
     disk_read_bytes: float
     disk_written_bytes: float
     rank_bytes: float
+
+    @property
+    def links(self) -> tuple[float, float, float]:
+        """Bytes over the bus, to and from the disk, and between ranks."""
+        disk_bytes = self.disk_read_bytes + self.disk_written_bytes
+        return self.bus_bytes + self.gradient_bytes, disk_bytes, self.rank_bytes
 
 
 def train_flops(plan: Plan, config: PlanConfig) -> float:

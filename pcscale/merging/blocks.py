@@ -41,13 +41,9 @@ class Workspace:
 def compose_into(
     out_oi: torch.Tensor, weight: FrozenWeight, projection: Projection, workspace: Workspace | None = None
 ) -> None:
-    """Write the compressed weight into `out_oi`, rounded to its dtype.
+    """Write the compressed weight into `out_oi`, rounded to its dtype; products are float32.
 
-    Args:
-        out_oi: `[o, i]`, most often a mapped file that is being written.
-        weight: the base weight, most often mapped.
-        projection: in the records' dtype, most often mapped. Products are float32.
-        workspace: buffers to use, and to use again for the next matrix; None: new ones.
+    All tensors are most often mapped files. A workspace is used again for the next matrix.
     """
     o, i = out_oi.shape
     compose = _out_side_first if out_side_first(weight.shape, (o, i), projection.rank) else _in_side_first
@@ -58,7 +54,7 @@ def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, sp
     O, I = weight.shape
     for columns in blocks(out_oi.shape[1]):
         width = columns.stop - columns.start
-        D_Ib = None if p.in_ is None else _factor_in(p.in_, columns, space.take("in", I, width), space)
+        D_Ib = None if p.in_ is None else _factor(p.in_, 1, columns, space.take("in", I, width), space)
         X_Ob = None if p.out is None else space.take("out", O, width)
         for rows in blocks(O):
             height = rows.stop - rows.start
@@ -67,7 +63,7 @@ def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, sp
                 weight.copy_block(x_bb, rows, columns)
             else:
                 W_bI = weight.copy_block(space.take("base", height, I), rows)
-                _multiply(x_bb, W_bI, D_Ib, p.in_, columns, dim=1)
+                _multiply(x_bb, W_bI, D_Ib, p.in_, 1, columns)
             if X_Ob is None:
                 out_oi[rows, columns] = x_bb.add_(p.aux[rows, columns])
         if X_Ob is None or p.out is None:
@@ -75,8 +71,8 @@ def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, sp
         for rows in blocks(len(out_oi)):
             height = rows.stop - rows.start
             w_bb = space.take("result", height, width)
-            D_bO = _factor_out(p.out, rows, space.take("base", height, O), space)
-            _multiply(w_bb, X_Ob, D_bO, p.out, rows, dim=0)
+            D_bO = _factor(p.out, 0, rows, space.take("base", height, O), space)
+            _multiply(w_bb, X_Ob, D_bO, p.out, 0, rows)
             out_oi[rows, columns] = w_bb.add_(p.aux[rows, columns])
 
 
@@ -85,13 +81,13 @@ def _out_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, s
     O, I = weight.shape
     for rows in blocks(len(out_oi)):
         height = rows.stop - rows.start
-        D_bO = _factor_out(p.out, rows, space.take("out", height, O), space)
+        D_bO = _factor(p.out, 0, rows, space.take("out", height, O), space)
         Z_bI = None if p.in_ is None else space.take("in", height, I)
         for columns in blocks(I):
             width = columns.stop - columns.start
             z_bb = space.take("result", height, width) if Z_bI is None else Z_bI[:, columns]
             W_Ob = weight.copy_block(space.take("base", O, width), slice(0, O), columns)
-            _multiply(z_bb, W_Ob, D_bO, p.out, rows, dim=0)
+            _multiply(z_bb, W_Ob, D_bO, p.out, 0, rows)
             if Z_bI is None:
                 out_oi[rows, columns] = z_bb.add_(p.aux[rows, columns])
         if Z_bI is None or p.in_ is None:
@@ -99,32 +95,23 @@ def _out_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, s
         for columns in blocks(out_oi.shape[1]):
             width = columns.stop - columns.start
             w_bb = space.take("result", height, width)
-            D_Ib = _factor_in(p.in_, columns, space.take("base", I, width), space)
-            _multiply(w_bb, Z_bI, D_Ib, p.in_, columns, dim=1)
+            D_Ib = _factor(p.in_, 1, columns, space.take("base", I, width), space)
+            _multiply(w_bb, Z_bI, D_Ib, p.in_, 1, columns)
             out_oi[rows, columns] = w_bb.add_(p.aux[rows, columns])
 
 
-def _factor_in(side: Side, columns: slice, out_Ib: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Columns of the in side's factor, float32: D_in, plus S where that is dense. A low-rank D is formed by blocks."""
+def _factor(side: Side, dim: int, block: slice, result: torch.Tensor, space: Workspace) -> torch.Tensor:
+    """Form rows (dim 0) or columns (dim 1) of a side's D, plus S where that is dense, in float32."""
+    index = (slice(None),) * dim + (block,)
     if len(side.factors) == 1:
-        out_Ib.copy_(side.factors[0][:, columns])
+        result.copy_(side.factors[0][index])
     else:
-        U_Ir, V_ri = side.factors
-        torch.mm(space.load("u", U_Ir), space.load("v", V_ri[:, columns]), out=out_Ib)
-    return out_Ib if side.selects else out_Ib.add_(side.start[:, columns])
+        U, V = space.load("u", side.factors[0]), space.load("v", side.factors[1][index])
+        torch.mm(*((V, U) if dim == 0 else (U, V)), out=result)
+    return result if side.selects else result.add_(side.start[index])
 
 
-def _factor_out(side: Side, rows: slice, out_bO: torch.Tensor, space: Workspace) -> torch.Tensor:
-    """Rows of the out side's factor, float32: D_out, plus S where that is dense. A low-rank D is formed by blocks."""
-    if len(side.factors) == 1:
-        out_bO.copy_(side.factors[0][rows])
-    else:
-        U_rO, V_or = side.factors
-        torch.mm(space.load("v", V_or[rows]), space.load("u", U_rO), out=out_bO)
-    return out_bO if side.selects else out_bO.add_(side.start[rows])
-
-
-def _multiply(result: torch.Tensor, X: torch.Tensor, factor: torch.Tensor, side: Side, block: slice, dim: int) -> None:
+def _multiply(result: torch.Tensor, X: torch.Tensor, factor: torch.Tensor, side: Side, dim: int, block: slice) -> None:
     """Compute `result = factor @ X` (dim 0) or `X @ factor` (dim 1) in place, plus X's kept entries where S selects."""
     left, right = (factor, X) if dim == 0 else (X, factor)
     if side.selects:

@@ -14,22 +14,24 @@ from pcscale.run.manifest import TRAINER_NAME, Manifest
 def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Path) -> None:
     """Write README.md with the Hub's front matter: base_model, licence, tags.
 
-    Args:
-        checkpoint: the checkpoint, whose trainer.json, where there is one, has data, losses and settings.
+    Data, losses and settings come from the checkpoint's trainer.json, where there is one.
     """
     trainer = read_json(checkpoint / TRAINER_NAME) if (checkpoint / TRAINER_NAME).exists() else {}
     plan = manifest.plan
+    tag, method = {
+        "projected": ("projected-compression", "Projected Compression"),
+        "hard_prune": ("pruned", "hard pruning and retraining"),
+    }[manifest.method]
     front: dict[str, Any] = {
         # A folder's path means nothing elsewhere.
         "base_model": manifest.base_name if manifest.base_revision else Path(manifest.base_name).name,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pcscale", "projected-compression" if manifest.method == "projected" else "pruned"],
+        "tags": ["pcscale", tag],
     }
     licence = base_licence(base_folder)
     if licence:
         front["license"] = licence
-    method = "Projected Compression" if manifest.method == "projected" else "hard pruning and retraining"
     lines = [
         f"# {Path(manifest.base_name).name} at {plan.keep_fraction:.1%} of its parameters",
         "",
@@ -64,15 +66,10 @@ def write_card(path: Path, checkpoint: Path, manifest: Manifest, base_folder: Pa
 def base_licence(folder: Path) -> str | None:
     """The licence in the base's own card; None: the card names none."""
     card = folder / "README.md"
-    match = (
-        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        if card.is_file()
-        else None
-    )
-    if not match:
-        return None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        front = yaml.safe_load(match[1])
+        front = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return None
     licence = front.get("license") if isinstance(front, dict) else None

@@ -15,26 +15,23 @@ class Shard:
 
     name: str
     weights: tuple[PlannedWeight, ...]
+    num_bytes: int  # of all its tensors
 
 
 def lay_out(plan: Plan, dtypes: dict[str, torch.dtype], max_shard_bytes: int) -> list[Shard]:
     """Fill files with tensors in the order of the family's table, up to the limit; a larger tensor stands alone."""
     groups: list[list[PlannedWeight]] = []
-    room = 0
+    sizes: list[int] = []
     for planned in plan.weights:
         size = tensor_bytes(planned, dtypes)
-        if not groups or size > room:
+        if not groups or sizes[-1] + size > max_shard_bytes:
             groups.append([])
-            room = max_shard_bytes
+            sizes.append(0)
         groups[-1].append(planned)
-        room -= size
-    if len(groups) == 1:
-        return [Shard(SINGLE_NAME, tuple(groups[0]))]
-    count = len(groups)
-    return [
-        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, start=1)
-    ]
+        sizes[-1] += size
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = [SINGLE_NAME] if len(groups) == 1 else names
+    return [Shard(*parts) for parts in zip(names, map(tuple, groups), sizes, strict=True)]
 
 
 def tensor_bytes(planned: PlannedWeight, dtypes: dict[str, torch.dtype]) -> int:

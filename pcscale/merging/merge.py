@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,19 +20,18 @@ import torch
 from pcscale.base.int8 import Int8Base
 from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder, resolve_base
-from pcscale.base.weight import FrozenWeight
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError, RunError
 from pcscale.common.files import (
     TEMPORARY_PREFIX,
-    publish,
+    publish_folder,
     read_json,
     readable_os_errors,
-    sync_to_disk,
     temporary_beside,
     write_json,
 )
 from pcscale.common.units import format_bytes
+from pcscale.families.axes import RESIDUAL
 from pcscale.families.hf_config import CONFIG_NAME
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.memory.process import AnonymousPeak
@@ -39,14 +39,13 @@ from pcscale.memory.working import merge_need_bytes
 from pcscale.merging.blocks import Workspace, blocks, compose_into
 from pcscale.merging.card import write_card
 from pcscale.merging.layout import Shard, lay_out, tensor_bytes
-from pcscale.projection.checkpoint import direct_name, read_fixed, rotates
-from pcscale.projection.layout import value_shapes
-from pcscale.projection.record import FixedSides, FixedTensors, projection_of
+from pcscale.projection.checkpoint import DIRECT, read_fixed
+from pcscale.projection.record import FixedTensors, basis_name, projection_of
 from pcscale.run.folder import BASE_CACHE_NAME
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
-from pcscale.storage.index import INDEX_NAME, SINGLE_NAME, read_header
-from pcscale.storage.reader import TORCH_DTYPES, TensorReader
+from pcscale.storage.index import INDEX_NAME, SINGLE_NAME
+from pcscale.storage.reader import TORCH_DTYPES, read_tensors
 from pcscale.storage.writer import ShardWriter
 
 VERIFY_AHEAD = 8
@@ -54,18 +53,8 @@ VERIFY_AHEAD = 8
 PROGRESS_NAME = "merge_progress.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIDECARS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    *("*.jinja", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """Files of the base that belong to the compressed model as well."""
 
@@ -85,15 +74,13 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Source:
-    """The origin of the merged weights."""
-
     checkpoint: Path
     manifest: Manifest
-    plan: Plan
     base: MappedBase
     weights: MappedBase | Int8Base  # the base's matrices as training saw them
     fixed: FixedTensors
-    outer: TensorReader
+    outer: dict[str, torch.Tensor]
+    dtypes: dict[str, torch.dtype]
     workspace: Workspace
 
 
@@ -110,7 +97,6 @@ def merge(
     """Write the compressed model as a stock checkpoint folder.
 
     Args:
-        checkpoint: a step-… folder.
         base: the base that it was trained on, compared tensor by tensor as it is read.
         output: the folder to write; new or empty unless `replace`.
         max_memory_bytes: cap on anonymous memory, the interpreter's 300 MiB aside. It changes no byte of the output.
@@ -125,7 +111,8 @@ def merge(
     started = time.monotonic()
     manifest = Manifest.read(checkpoint)
     plan = manifest.plan
-    least = merge_need_bytes(plan, manifest.projection_rank, rotates(checkpoint, manifest))
+    fixed = read_fixed(checkpoint, manifest)
+    least = merge_need_bytes(plan, manifest.projection_rank, basis_name(RESIDUAL) in fixed)
     if max_memory_bytes < least:
         raise BudgetError(
             f"max_memory {format_bytes(max_memory_bytes)} is too small: one block of the largest matrix takes "
@@ -142,17 +129,21 @@ def merge(
                 f"{base.folder / CONFIG_NAME} is not the config this checkpoint was trained on. "
                 f"Use the base {manifest.base_name}."
             )
-        outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
+        outer = read_tensors(manifest.file(checkpoint, OUTER_NAME))
+        if dtype is not None and dtype not in DTYPES:
+            raise RequestError(f"dtype {dtype} is not known. Use one of {', '.join(DTYPES)}.")
+        dtypes = _stored_dtypes(plan, base)
+        if dtype is not None:
+            dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
+        shards = lay_out(plan, dtypes, max_shard_bytes)
         with trained_weights(checkpoint, manifest, base, output) as weights:
-            fixed = read_fixed(checkpoint, manifest)
-            source = _Source(checkpoint, manifest, plan, base, weights, fixed, outer, Workspace())
-            dtypes = _output_dtypes(source, dtype)
-            bytes_written = _write_folder(source, output, dtypes, max_shard_bytes, resume)
+            source = _Source(checkpoint, manifest, base, weights, fixed, outer, dtypes, Workspace())
+            bytes_written = _write_folder(source, output, shards, resume)
     return MergeResult(
         output=str(output),
         tensors=len(plan.weights),
         bytes_written=bytes_written,
-        shards=len(lay_out(plan, dtypes, max_shard_bytes)),
+        shards=len(shards),
         seconds=time.monotonic() - started,
         peak_anonymous_bytes=peak.peak_bytes,
         max_memory_bytes=max_memory_bytes,
@@ -178,13 +169,16 @@ def try_writer(plan: Plan, base: MappedBase, folder: Path, max_shard_bytes: int)
         RequestError: the folder cannot be written.
         RunError: the disk has no room.
     """
-    dtypes = {planned.name: TORCH_DTYPES[base.dtype(planned.name)] for planned in plan.weights}
-    shards = lay_out(plan, dtypes, max_shard_bytes)
-    largest = max(shards, key=lambda shard: sum(tensor_bytes(planned, dtypes) for planned in shard.weights))
+    dtypes = _stored_dtypes(plan, base)
+    largest = max(lay_out(plan, dtypes, max_shard_bytes), key=lambda shard: shard.num_bytes)
     path = folder / largest.name
     with _shard_writer(path, largest, dtypes):
         pass
     path.unlink()
+
+
+def _stored_dtypes(plan: Plan, base: MappedBase) -> dict[str, torch.dtype]:
+    return {planned.name: TORCH_DTYPES[base.dtype(planned.name)] for planned in plan.weights}
 
 
 def _shard_writer(path: Path, shard: Shard, dtypes: dict[str, torch.dtype]) -> ShardWriter:
@@ -212,24 +206,13 @@ def trained_weights(
         yield Int8Base(base, Path(scratch) / BASE_CACHE_NAME, manifest.coded_fingerprints)
 
 
-def _output_dtypes(source: _Source, dtype: str | None) -> dict[str, torch.dtype]:
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype} is not known. Use one of {', '.join(DTYPES)}.")
-    return {
-        planned.name: DTYPES[dtype] if dtype else TORCH_DTYPES[source.base.dtype(planned.name)]
-        for planned in source.plan.weights
-    }
-
-
-def _write_folder(
-    source: _Source, output: Path, dtypes: dict[str, torch.dtype], max_shard_bytes: int, resume: bool
-) -> int:
+def _write_folder(source: _Source, output: Path, shards: list[Shard], resume: bool) -> int:
+    """Write all files and publish the folder; returns the bytes of its shards."""
     output = output.resolve()  # A link is followed, `.` has a name.
     staging = temporary_beside(output)
-    shards = lay_out(source.plan, dtypes, max_shard_bytes)
     key = {
         "checkpoint": source.manifest.files,
-        "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
+        "dtypes": {name: str(dtype) for name, dtype in source.dtypes.items()},
         "shards": {shard.name: [planned.name for planned in shard.weights] for shard in shards},
     }
     with readable_os_errors(output):
@@ -237,28 +220,27 @@ def _write_folder(
         if not done:
             shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True, exist_ok=True)
-        needed = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
-        needed -= sum((staging / name).stat().st_size for name in done)
+        total = sum(shard.num_bytes for shard in shards)
+        needed = total - sum((staging / name).stat().st_size for name in done)
         free = shutil.disk_usage(staging).free
         if free < needed:
-            staging.rmdir() if not any(staging.iterdir()) else None
+            if not done:
+                staging.rmdir()
             raise RunError(
                 f"{output}: the disk has {format_bytes(free)} free, the merged model takes {format_bytes(needed)}."
             )
-        total = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
         with console.progress("merge", total / 2**20, "MiB") as progress:
             for shard in shards:
-                if shard.name not in done:
-                    _write_shard(source, staging / shard.name, shard, dtypes, progress.advance)
-                    done[shard.name] = fingerprint_file(staging / shard.name)
-                    write_json(staging / PROGRESS_NAME, {"key": key, "done": done})
-                else:
-                    progress.advance(sum(tensor_bytes(planned, dtypes) for planned in shard.weights) / 2**20)
+                if shard.name in done:
+                    progress.advance(shard.num_bytes / 2**20)
+                    continue
+                _write_shard(source, staging / shard.name, shard, progress.advance)
+                done[shard.name] = fingerprint_file(staging / shard.name)
+                write_json(staging / PROGRESS_NAME, {"key": key, "done": done})
         bytes_written = sum((staging / shard.name).stat().st_size for shard in shards)
-        _write_sidecars(source, staging, shards, dtypes)
+        _write_sidecars(source, staging, shards)
         (staging / PROGRESS_NAME).unlink()
-        sync_to_disk(staging)
-        publish(staging, output)
+        publish_folder(staging, output)
     return bytes_written
 
 
@@ -277,63 +259,50 @@ def _finished_shards(staging: Path, key: dict[str, object]) -> dict[str, str]:
     }
 
 
-def _write_shard(
-    source: _Source,
-    path: Path,
-    shard: Shard,
-    dtypes: dict[str, torch.dtype],
-    advance: Callable[[float, str], None],
-) -> None:
-    with _shard_writer(path, shard, dtypes) as writer, ThreadPoolExecutor(1, "verify") as pool:
-        ahead = deque(pool.submit(_verified, source, planned) for planned in shard.weights[:VERIFY_AHEAD])
-        for position, planned in enumerate(shard.weights):
-            weight, record = ahead.popleft().result()
-            ahead.extend(
-                pool.submit(_verified, source, later) for later in shard.weights[position + VERIFY_AHEAD :][:1]
-            )
-            if weight is not None and record is not None:
-                _compose(source, planned, weight, record, writer[planned.name])
+def _write_shard(source: _Source, path: Path, shard: Shard, advance: Callable[[float, str], None]) -> None:
+    with _shard_writer(path, shard, source.dtypes) as writer, ThreadPoolExecutor(1, "verify") as pool:
+        waiting = iter(shard.weights)
+        ahead = deque(pool.submit(_verified_record, source, planned) for planned in islice(waiting, VERIFY_AHEAD))
+        for planned in shard.weights:
+            record = ahead.popleft().result()
+            ahead.extend(pool.submit(_verified_record, source, later) for later in islice(waiting, 1))
+            if record is not None:
+                _compose(source, planned, record, writer[planned.name])
             else:
-                value = source.outer.tensor(direct_name(planned.name))
+                value = source.outer[DIRECT + planned.name]
                 for rows in blocks(len(value)):
-                    writer[planned.name][rows] = value[rows].to(dtypes[planned.name])
-            advance(tensor_bytes(planned, dtypes) / 2**20, planned.name)
+                    writer[planned.name][rows] = value[rows].to(source.dtypes[planned.name])
+            advance(tensor_bytes(planned, source.dtypes) / 2**20, planned.name)
 
 
-def _verified(source: _Source, planned: PlannedWeight) -> tuple[FrozenWeight | None, Path | None]:
-    """A base weight and its record's file, read once and checked against the manifest.
+def _verified_record(source: _Source, planned: PlannedWeight) -> Path | None:
+    """A weight's record file, checked against the manifest as its base weight is; None: it has no record.
 
     This runs ahead on a thread: disk and hashing work while other matrices are multiplied. The base weight is read even
     where no product needs it, so that another base is refused.
     """
     source.base.tensor(planned.name)
     name = record_file(planned.name)
-    if name not in source.manifest.files:
-        return None, None
-    return source.weights.weight(planned.name), source.manifest.file(source.checkpoint, name)
+    return source.manifest.file(source.checkpoint, name) if name in source.manifest.files else None
 
 
-def _compose(source: _Source, planned: PlannedWeight, weight: FrozenWeight, path: Path, out_oi: torch.Tensor) -> None:
-    record = TensorReader(read_header(path)[0])
-    values = {name: record.tensor(name) for name in value_shapes(planned, source.manifest.projection_rank)}
-    projection = projection_of(FixedSides.of(planned, source.fixed), values)
-    compose_into(out_oi, weight, projection, source.workspace)
-    record.close()
+def _compose(source: _Source, planned: PlannedWeight, path: Path, out_oi: torch.Tensor) -> None:
+    projection = projection_of(planned, source.fixed, read_tensors(path))
+    compose_into(out_oi, source.weights.weight(planned.name), projection, source.workspace)
 
 
-def _write_sidecars(source: _Source, staging: Path, shards: list[Shard], dtypes: dict[str, torch.dtype]) -> None:
+def _write_sidecars(source: _Source, staging: Path, shards: list[Shard]) -> None:
     """Write everything but the weights; the index, which makes the folder loadable, comes last."""
     for pattern in SIDECARS:
         for file in source.base.folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, staging / file.name)
-    config = dict(source.plan.config)
-    first = next(iter(dtypes.values()))
+    config = source.manifest.plan.config
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(first).removeprefix("torch.")
-    write_json(staging / CONFIG_NAME, config)
+    first = next(iter(source.dtypes.values()))
+    write_json(staging / CONFIG_NAME, {**config, key: str(first).removeprefix("torch.")})
     write_card(staging / "README.md", source.checkpoint, source.manifest, source.base.folder)
     if shards[0].name != SINGLE_NAME:
-        total = sum(tensor_bytes(planned, dtypes) for shard in shards for planned in shard.weights)
+        total = sum(shard.num_bytes for shard in shards)
         weight_map = {planned.name: shard.name for shard in shards for planned in shard.weights}
         write_json(staging / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -4,7 +4,8 @@ import functools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,17 +17,16 @@ from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.merging.merge import trained_weights
 from pcscale.model.compressed import build_compressed, load_stock
 from pcscale.projection import algebra
-from pcscale.projection.checkpoint import UPDATES, direct_name, read_fixed
+from pcscale.projection.checkpoint import DIRECT, UPDATES, read_fixed
 from pcscale.projection.compression import Compression
-from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT
-from pcscale.projection.record import FixedSide, FixedSides, MatrixRecord, Moment, Trained
+from pcscale.projection.layout import AUX, DELTA_IN, DELTA_OUT, MOMENTS
+from pcscale.projection.record import MatrixRecord, Moment, Trained, start_of
 from pcscale.projection.residency import State
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.blockwise import Blockwise
-from pcscale.storage.index import read_header
-from pcscale.storage.reader import TensorReader
+from pcscale.storage.reader import read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def check_models(checkpoint: Path, manifest: Manifest, base: MappedBase, merged:
 @torch.no_grad()
 def _live(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) -> "PreTrainedModel":
     """The compressed model in float32, composed from the checkpoint."""
-    outer = TensorReader(read_header(manifest.file(checkpoint, OUTER_NAME))[0])
+    outer = read_tensors(manifest.file(checkpoint, OUTER_NAME))
     tensors: dict[str, torch.Tensor] = {}
     for planned in manifest.plan.weights:
         if record_file(planned.name) in manifest.files:
@@ -89,15 +89,13 @@ def _live(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8Base) 
                 weights.weight(planned.name).rows(torch.float32), record.projection(torch.float32)
             )
         else:
-            tensors[planned.name] = outer.tensor(direct_name(planned.name))
+            tensors[planned.name] = outer[DIRECT + planned.name]
     return build_compressed(manifest.plan, tensors, torch.device("cpu"), torch.float32).eval()
 
 
 def _record(checkpoint: Path, manifest: Manifest, planned: PlannedWeight) -> MatrixRecord:
-    """A matrix's record in the checkpoint, mapped."""
-    reader = TensorReader(read_header(manifest.file(checkpoint, record_file(planned.name)))[0])
-    fixed = FixedSides.of(planned, read_fixed(checkpoint, manifest))
-    return MatrixRecord.of(fixed, {name: reader.tensor(name) for name in reader.entries})
+    tensors = read_tensors(manifest.file(checkpoint, record_file(planned.name)))
+    return MatrixRecord.of(planned, read_fixed(checkpoint, manifest), tensors)
 
 
 @torch.no_grad()
@@ -130,61 +128,45 @@ def _check_step(checkpoint: Path, manifest: Manifest, weights: MappedBase | Int8
     the rounding of records does not count.
     """
     plan = manifest.plan
-    probed = {(*planned.base_shape, *planned.shape): planned for planned in plan.matrices}.values()
-    probed = tuple(planned for planned in probed if record_file(planned.name) in manifest.files)
+    with_record = (planned for planned in plan.matrices if record_file(planned.name) in manifest.files)
+    probed = tuple({planned.shapes: planned for planned in with_record}.values())
     if not probed:
         return Check(_STEP_CHECK, 0, STEP_TOLERANCE)
     generator = torch.Generator().manual_seed(manifest.step)
-    model = nn.Module()
-    for planned in probed:
-        _add_parameter(model, planned.name, torch.zeros(planned.shape))
+    parameters = {planned.name: nn.Parameter(torch.zeros(planned.shape)) for planned in probed}
+    model: Any = SimpleNamespace(named_parameters=parameters.items)
     part = _PartOfPlan(plan.family, plan.base_config, plan.hidden_size, plan.intermediate_size, probed)
-    compression = Compression(cast(Any, model), part, weights, Start(read_fixed(checkpoint, manifest)))
+    compression = Compression(model, part, weights, Start(read_fixed(checkpoint, manifest)))
     state = State(projection_rank=manifest.projection_rank)
     optimizer = ProjectedAdamW(
         compression, _PROBE_RATE, aux_lr=_PROBE_RATE, weight_decay=0.0, projection_rates="uniform", state=state
     )
-    optimizer.updates = int(TensorReader(read_header(checkpoint / OUTER_NAME)[0]).tensor(UPDATES))
+    optimizer.updates = int(read_tensors(checkpoint / OUTER_NAME)[UPDATES])
     expected: dict[str, torch.Tensor] = {}
     for planned in probed:
         record = _in_float32(_record(checkpoint, manifest, planned))
-        optimizer.records.residency.create(planned.name, record.tensors())
+        optimizer.records.create(planned.name, record.tensors())
         G_oi = torch.randn(planned.shape, generator=generator)
-        model.get_parameter(planned.name).grad = G_oi
+        parameters[planned.name].grad = G_oi
         W_OI = weights.weight(planned.name).rows(torch.float32)
         expected[planned.name] = _in_memory_step(W_OI, record, G_oi, optimizer)
     optimizer.compose_all()
-    before = {planned.name: model.get_parameter(planned.name).detach().clone() for planned in probed}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer.step()
     differences = [
-        (model.get_parameter(name).detach() - w_oi).abs().max() / (w_oi - before[name]).abs().max()
+        (parameters[name].detach() - w_oi).abs().max() / (w_oi - before[name]).abs().max()
         for name, w_oi in expected.items()
     ]
     worst = torch.stack(differences).max().item()  # A difference that is not a number stays one, and fails.
     return Check(_STEP_CHECK, worst, STEP_TOLERANCE)
 
 
-def _add_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Put a parameter under a dotted name."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in dict(model.named_children()):
-            model.add_module(part, nn.Module())
-        model = model.get_submodule(part)
-    model.register_parameter(last, nn.Parameter(value))
-
-
 def _in_float32(record: MatrixRecord) -> MatrixRecord:
-    """A record with its values and moments in float32, in memory."""
-
     def whole(stored: Moment) -> torch.Tensor:
         return stored.decode() if isinstance(stored, Blockwise) else stored.to(torch.float32, copy=True)
 
-    parts = {
-        name: Trained(whole(part.value), whole(part.exp_avg), whole(part.exp_avg_sq))
-        for name, part in record.parts.items()
-    }
-    return MatrixRecord(record.fixed, parts)
+    parts = {name: Trained(*map(whole, vars(part).values())) for name, part in record.parts.items()}
+    return MatrixRecord(record.planned, record.fixed, parts)
 
 
 def _in_memory_step(
@@ -194,17 +176,12 @@ def _in_memory_step(
     leaves = {name: part.value.clone().requires_grad_() for name, part in record.parts.items()}
     adamw = torch.optim.AdamW(leaves.values(), lr=_PROBE_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for name, part in record.parts.items():
-        assert isinstance(part.exp_avg, torch.Tensor)
-        assert isinstance(part.exp_avg_sq, torch.Tensor)
-        adamw.state[leaves[name]] = {
-            "step": torch.tensor(float(optimizer.updates)),
-            "exp_avg": part.exp_avg.clone(),
-            "exp_avg_sq": part.exp_avg_sq.clone(),
-        }
+        moments = {moment: getattr(part, moment).clone() for moment in MOMENTS}
+        adamw.state[leaves[name]] = {"step": torch.tensor(float(optimizer.updates)), **moments}
 
     def composed() -> torch.Tensor:
-        p_out = _whole(record.fixed.out, [leaves[name] for name in reversed(DELTA_OUT) if name in leaves], 0)
-        p_in = _whole(record.fixed.in_, [leaves[name] for name in DELTA_IN if name in leaves], 1)
+        p_out = _whole(record, 0, [leaves[name] for name in reversed(DELTA_OUT) if name in leaves])
+        p_in = _whole(record, 1, [leaves[name] for name in DELTA_IN if name in leaves])
         w_oi = W_OI if p_out is None else p_out @ W_OI
         return (w_oi if p_in is None else w_oi @ p_in) + leaves[AUX]
 
@@ -213,14 +190,13 @@ def _in_memory_step(
     return composed().detach()
 
 
-def _whole(side: FixedSide | None, factors: list[torch.Tensor], dim: int) -> torch.Tensor | None:
-    """The projection S + D as one matrix, D the product of its factors; None: the side keeps its size."""
-    if side is None:
+def _whole(record: MatrixRecord, dim: int, factors: list[torch.Tensor]) -> torch.Tensor | None:
+    """The projection S + D of one side as one matrix, D the product of its factors; None: the side keeps its size."""
+    start = start_of(record.planned, record.fixed, dim)
+    if start is None:
         return None
-    delta, start = functools.reduce(torch.matmul, factors), side.start(torch.float32, dim)
-    if side.basis is None:
-        rows = torch.arange(len(start))
-        selection = torch.zeros_like(delta)
-        selection[(rows, start) if dim == 0 else (start, rows)] = 1.0
-        start = selection
+    delta = functools.reduce(torch.matmul, factors)
+    if start.ndim == 1:
+        selection = torch.eye(record.planned.base_shape[dim])[start]
+        start = selection if dim == 0 else selection.T
     return start + delta

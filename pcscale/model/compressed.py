@@ -22,16 +22,9 @@ def build_compressed(
     dtype: torch.dtype,
     gradient_dtype: torch.dtype | None = torch.float32,
 ) -> "PreTrainedModel":
-    """A stock model with the given weights, copied to the device.
+    """A stock model in training mode with the given weights, every one of the plan's, copied to the device.
 
-    Args:
-        plan: the plan with the model's sizes.
-        tensors: every weight by name, in its compressed shape.
-        gradient_dtype: the dtype that gradients of a bfloat16 model accumulate in, where torch can; None: an engine
-            sees to that.
-
-    Returns:
-        The model in training mode.
+    Gradients of a bfloat16 model accumulate in `gradient_dtype`, where torch can; None: an engine sees to that.
     """
     model = empty_model(plan.config)
     ledger.keep(model, WEIGHTS, placement_of(device), plan.parameters * dtype.itemsize)

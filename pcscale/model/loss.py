@@ -21,25 +21,18 @@ if TYPE_CHECKING:
 class Distillation:
     """The teacher's share of the loss: `(1 - weight) CE + weight temperature² KL(teacher ‖ model)` at a temperature.
 
-    Attributes:
-        head_VH: the teacher's head, where its whole distribution counts; None: only its most likely tokens do.
-
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
     """
 
     weight: float
     temperature: float
-    head_VH: torch.Tensor | None = None
+    head_VH: torch.Tensor | None = None  # the teacher's, if its whole distribution counts; None: its most likely tokens
 
 
 class NextTokenLoss(nn.Module):
     """A stock causal model with its loss: token ids in, mean cross entropy out, mixed with a teacher's divergence.
 
     The head is called as a module inside this one, chunk by chunk, and recomputed in the backward pass.
-
-    Args:
-        model: a stock causal model; its parameters are this module's parameters.
-        distillation: the teacher's share of the loss; None: there is none.
     """
 
     def __init__(self, model: "PreTrainedModel", distillation: Distillation | None = None) -> None:
@@ -89,10 +82,7 @@ class NextTokenLoss(nn.Module):
 def top_divergence(log_q_NV: torch.Tensor, ids_Nk: torch.Tensor, log_p_Nk: torch.Tensor) -> torch.Tensor:
     """KL(teacher ‖ model) over the teacher's most likely tokens and one event for all others, summed over tokens.
 
-    Args:
-        log_q_NV: the model's logarithms of probabilities.
-        ids_Nk: the teacher's most likely tokens.
-        log_p_Nk: its logarithms of their probabilities, among all tokens.
+    q are the model's probabilities, p the teacher's, among all tokens; `ids_Nk` are its most likely ones.
     """
     log_q_Nk, log_p_Nk = log_q_NV.gather(-1, ids_Nk.long()), log_p_Nk.float()
     # Sums that round to one leave others a probability of zero, whose logarithm is not finite.

@@ -6,7 +6,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from pcscale.projection.record import Moment, Trained
-from pcscale.projection.rounding import NoiseKey, round_stochastically
+from pcscale.projection.rounding import round_stochastically
 from pcscale.storage.blockwise import Blockwise
 
 CPU_CHUNK_VALUES, GPU_CHUNK_VALUES = 2**18, 2**24
@@ -16,11 +16,9 @@ a GPU busy. The result does not depend on it."""
 
 @dataclass(frozen=True)
 class AdamW:
-    """The settings of one update.
+    """The settings of one update, `updates` of them made before.
 
-    Attributes:
-        updates: made before this one.
-        weight_decay: decoupled: a value moves by `rate * weight_decay` of itself towards where it began.
+    Decay is decoupled: a value moves by `rate * weight_decay` of itself towards where it began.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
@@ -33,11 +31,7 @@ class AdamW:
 
 
 def update(
-    trained: Trained,
-    gradient: torch.Tensor,
-    settings: AdamW,
-    key: NoiseKey = 0,
-    start: torch.Tensor | None = None,
+    trained: Trained, gradient: torch.Tensor, settings: AdamW, key: int = 0, start: torch.Tensor | None = None
 ) -> None:
     """Update a value and its moments in place.
 
@@ -82,19 +76,15 @@ def _float(stored: Moment) -> torch.Tensor:
 def _fused(
     value: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, settings: AdamW
 ) -> None:
+    step = torch.tensor(float(settings.updates), device=value.device)
     adamw(
-        [value],
-        [gradient],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [torch.tensor(float(settings.updates), device=value.device)],
+        *([value], [gradient], [exp_avg], [exp_avg_sq], [], [step]),
         fused=True,
         amsgrad=False,
+        maximize=False,
         beta1=settings.betas[0],
         beta2=settings.betas[1],
         lr=settings.rate,
         weight_decay=settings.weight_decay,
         eps=settings.epsilon,
-        maximize=False,
     )

@@ -40,14 +40,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Projection:
-    """The trainable values and the start of one matrix, all in one dtype and on one device.
+    """The trainable values and the start of one matrix, all in one dtype and on one device; aux is `[o, i]`."""
 
-    Attributes:
-        out, in_: None: the side keeps its size.
-        aux: `[o, i]`.
-    """
-
-    out: Side | None
+    out: Side | None  # None: the side keeps its size.
     in_: Side | None
     aux: torch.Tensor
 
@@ -77,33 +72,25 @@ def project_out(X_Ox: torch.Tensor, side: Side | None) -> torch.Tensor:
     if side is None:
         return X_Ox
     if not side.selects:
-        return whole_out(side) @ X_Ox
+        return _whole(side, 0) @ X_Ox
     inner = X_Ox if len(side.factors) == 1 else side.factors[0] @ X_Ox
     return torch.addmm(X_Ox.index_select(0, side.start), side.factors[-1], inner)
 
 
-def whole_in(side: Side) -> torch.Tensor:
-    """`p_in` itself `[I, i]`, of a dense S."""
-    D_Ii = side.factors[0]
-    return side.start + D_Ii if len(side.factors) == 1 else torch.addmm(side.start, D_Ii, side.factors[1])
-
-
-def whole_out(side: Side) -> torch.Tensor:
-    """`p_out` itself `[o, O]`, of a dense S."""
-    D_oO = side.factors[0]
-    return side.start + D_oO if len(side.factors) == 1 else torch.addmm(side.start, side.factors[1], D_oO)
+def _whole(side: Side, dim: int) -> torch.Tensor:
+    """The projection itself, of a dense S: `p_out` `[o, O]` for dim 0, `p_in` `[I, i]` for dim 1."""
+    if len(side.factors) == 1:
+        return side.start + side.factors[0]
+    U, V = side.factors
+    return torch.addmm(side.start, V, U) if dim == 0 else torch.addmm(side.start, U, V)
 
 
 def compose(W_OI: torch.Tensor, projection: Projection, out_first: bool | None = None) -> torch.Tensor:
-    """The compressed weight `w_oi`.
+    """The compressed weight `[o, i]`, newly allocated.
 
     Args:
-        W_OI: the base weight, in the dtype of the products.
-        projection: in the same dtype and on the same device.
+        W_OI, projection: the base weight and its projection, in one dtype and on one device.
         out_first: the multiplication order; None: the cheaper one.
-
-    Returns:
-        `[o, i]`, newly allocated.
     """
     p = projection
     if _order(W_OI, p, out_first):
@@ -124,9 +111,7 @@ def pull_back(
     multiplied from its thin end.
 
     Args:
-        W_OI: the base weight, in the dtype of the products.
-        projection: in the same dtype and on the same device.
-        G_oi: `[o, i]`, likewise.
+        W_OI, projection, G_oi: in one dtype and on one device.
         out_first: the multiplication order; None: the cheaper one.
 
     Memory: at most one temporary of `[O, i]` or `[o, I]` beside the gradients at a time.
@@ -139,11 +124,11 @@ def pull_back(
         Y_oI = project_out(W_OI, p.out)
         in_ = _in_gradients(Y_oI, G_oi, p.in_, _inner(Y_oI, p.in_))
         del Y_oI
-        out = _out_gradients(_project_in_transposed(G_oi, p.in_), W_OI, p.out)
+        out = _out_gradients(_project_back(G_oi, p.in_, 1), W_OI, p.out)
     else:
         inner = _inner(W_OI, p.in_)
         out = _out_gradients(G_oi, _applied_in(W_OI, p.in_, inner), p.out)
-        in_ = _in_gradients(W_OI, _project_out_transposed(G_oi, p.out), p.in_, inner)
+        in_ = _in_gradients(W_OI, _project_back(G_oi, p.out, 0), p.in_, inner)
     return Gradients(out, in_, G_oi)
 
 
@@ -154,28 +139,16 @@ def _inner(X_xI: torch.Tensor, side: Side) -> torch.Tensor:
 
 def _applied_in(X_xI: torch.Tensor, side: Side, inner: torch.Tensor) -> torch.Tensor:
     if not side.selects:
-        return X_xI @ whole_in(side)
+        return X_xI @ _whole(side, 1)
     return torch.addmm(X_xI.index_select(1, side.start), inner, side.factors[-1])
 
 
-def _project_out_transposed(G_ox: torch.Tensor, side: Side) -> torch.Tensor:
-    """`p_outᵀ @ G` as `[O, x]`."""
-    if not side.selects:
-        return whole_out(side).T @ G_ox
-    product = side.factors[-1].T @ G_ox
-    if len(side.factors) == 2:
-        product = side.factors[0].T @ product
-    return product.index_add_(0, side.start, G_ox)
-
-
-def _project_in_transposed(G_xi: torch.Tensor, side: Side) -> torch.Tensor:
-    """`G @ p_inᵀ` as `[x, I]`."""
-    if not side.selects:
-        return G_xi @ whole_in(side).T
-    product = G_xi @ side.factors[-1].T
-    if len(side.factors) == 2:
-        product = product @ side.factors[0].T
-    return product.index_add_(1, side.start, G_xi)
+def _project_back(G: torch.Tensor, side: Side, dim: int) -> torch.Tensor:
+    """`p_outᵀ @ G` as `[O, x]` for dim 0, `G @ p_inᵀ` as `[x, I]` for dim 1."""
+    product = G
+    for factor in reversed(side.factors) if side.selects else (_whole(side, dim),):
+        product = factor.T @ product if dim == 0 else product @ factor.T
+    return product.index_add_(dim, side.start, G) if side.selects else product
 
 
 def _out_gradients(left_ox: torch.Tensor, right_Ox: torch.Tensor, side: Side) -> Factors:

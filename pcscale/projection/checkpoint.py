@@ -5,44 +5,37 @@ No base weight is in one; the manifest binds it to the base by name, revision an
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from pcscale.base.mapped import MappedBase
 from pcscale.common.errors import RequestError
 from pcscale.common.files import empty_folder, publish_folder, readable_os_errors, temporary_beside, write_json
 from pcscale.common.ranks import on_every_rank
 from pcscale.common.topology import ALONE, Group
-from pcscale.families.axes import RESIDUAL
+from pcscale.families.plan import Plan
 from pcscale.projection.layout import AUX, AUX_START, RecordFormat
-from pcscale.projection.record import FixedTensors, basis_name
+from pcscale.projection.record import FixedTensors
+from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.manifest import OUTER_NAME, TRAINER_NAME, Manifest, record_file
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import DTYPE_NAMES, TensorReader
 from pcscale.storage.writer import write_tensors
 
-if TYPE_CHECKING:
-    from pcscale.base.mapped import MappedBase
-    from pcscale.families.plan import Plan
-    from pcscale.projection.sweep import ProjectedAdamW
-
-_DIRECT = "direct."
-_FIXED = "kept."
+DIRECT, FIXED = "direct.", "kept."
+"""Beginnings of names in outer.safetensors: of weights that are trained directly, and of what S is made of."""
 UPDATES = "updates"
 
 
 def save_state(
-    folder: Path,
-    step: int,
-    optimizer: "ProjectedAdamW",
-    trainer: dict[str, Any] | None = None,
-    group: Group = ALONE,
+    folder: Path, step: int, optimizer: ProjectedAdamW, trainer: dict[str, Any] | None = None, group: Group = ALONE
 ) -> None:
     """Write a checkpoint that can be merged and gone on from: records, manifest, and `trainer` in trainer.json.
 
     Args:
         folder: the checkpoint's; one that is there is replaced.
-        group: the ranks that save it together, each the records that it owns; they share the folder's file system.
+        group: the ranks that save it together, each the records that it owns, on one file system.
 
     Raises:
         RunError: the disk is full, here or on another rank; nothing was replaced.
@@ -51,7 +44,17 @@ def save_state(
     base, plan = optimizer.base.stored, optimizer.plan
 
     def finish(records: list[dict[str, str]]) -> None:
-        write_json(temporary / TRAINER_NAME, {**(trainer or {}), "optimizer": optimizer_settings(optimizer)})
+        made_with = optimizer.defaults
+        settings = {  # Arguments of `ProjectedAdamW`.
+            "lr": made_with["lr"],
+            "aux_lr": made_with["lr"] * made_with["aux_ratio"],
+            "betas": list(made_with["betas"]),
+            "eps": made_with["eps"],
+            "weight_decay": max((group["weight_decay"] for group in optimizer.param_groups), default=0.0),
+            "projection_rates": optimizer.projection_rates,
+            "seed": optimizer.seed,
+        }
+        write_json(temporary / TRAINER_NAME, {**(trainer or {}), "optimizer": settings})
         manifest = Manifest(
             step=step,
             method=optimizer.compression.method,
@@ -80,22 +83,7 @@ def save_state(
         raise
 
 
-def optimizer_settings(optimizer: "ProjectedAdamW") -> dict[str, Any]:
-    """The settings that the optimizer was made with, as trainer.json keeps them: arguments of `ProjectedAdamW`."""
-    found = optimizer.defaults
-    decay = max((group["weight_decay"] for group in optimizer.param_groups), default=0.0)
-    return {
-        "lr": found["lr"],
-        "aux_lr": found["lr"] * found["aux_ratio"],
-        "betas": list(found["betas"]),
-        "eps": found["eps"],
-        "weight_decay": decay,
-        "projection_rates": optimizer.projection_rates,
-        "seed": optimizer.seed,
-    }
-
-
-def load_state(folder: Path, optimizer: "ProjectedAdamW") -> Manifest:
+def load_state(folder: Path, optimizer: ProjectedAdamW) -> Manifest:
     """Put what `save_state` wrote into an optimizer over the same plan, and publish every weight from it.
 
     Raises:
@@ -113,56 +101,42 @@ def load_state(folder: Path, optimizer: "ProjectedAdamW") -> Manifest:
     return manifest
 
 
-def check_checkpoint(manifest: Manifest, plan: "Plan", method: str, base: "MappedBase") -> None:
+def check_checkpoint(manifest: Manifest, plan: Plan, method: str, base: MappedBase) -> None:
     """Refuse a checkpoint of another base, of other widths or of the other method, before any weight is read."""
     if manifest.base_config != base.config:
         raise RequestError(
             f"the checkpoint was trained on {manifest.base_name}, whose config.json is not that of {base.folder}. "
             "Use the same base and revision."
         )
-    found = (manifest.hidden_size, manifest.intermediate_size, manifest.method)
-    wanted = (plan.hidden_size, plan.intermediate_size, method)
-    if found != wanted:
+    found = f"{manifest.hidden_size}/{manifest.intermediate_size} by"
+    wanted = f"{plan.hidden_size}/{plan.intermediate_size} by {method}"
+    if f"{found} {manifest.method}" != wanted:
         raise RequestError(
-            f"the checkpoint has widths {found[0]}/{found[1]} by method {found[2]}, this run asks for "
-            f"{wanted[0]}/{wanted[1]} by {wanted[2]}. Put the settings back."
+            f"the checkpoint has widths {found} method {manifest.method}, this run asks for {wanted}. "
+            "Put the settings back."
         )
 
 
-def write_records(optimizer: "ProjectedAdamW", folder: Path) -> dict[str, str]:
-    """Write the records of this rank below `folder`.
-
-    Returns:
-        Fingerprints by path below the folder, for the manifest.
-    """
+def write_records(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
+    """Write the records of this rank; returns fingerprints by path below `folder`, for the manifest."""
     return {record_file(name): optimizer.records.save(name, folder / record_file(name)) for name in optimizer.records}
 
 
-def write_outer(optimizer: "ProjectedAdamW", folder: Path) -> dict[str, str]:
+def write_outer(optimizer: ProjectedAdamW, folder: Path) -> dict[str, str]:
     """Write the values that every rank has: norms, biases, their moments, S. Returns the file's fingerprint."""
     return {OUTER_NAME: write_tensors(folder / OUTER_NAME, _outer_tensors(optimizer))}
 
 
-def _outer_tensors(optimizer: "ProjectedAdamW") -> dict[str, torch.Tensor]:
-    direct = dict(pair for name, trained in optimizer.direct.items() for pair in trained.tensors(direct_name(name)))
-    fixed = {fixed_entry(name): tensor for name, tensor in optimizer.fixed.items()}
+def _outer_tensors(optimizer: ProjectedAdamW) -> dict[str, torch.Tensor]:
+    direct = dict(pair for name, trained in optimizer.direct.items() for pair in trained.tensors(DIRECT + name))
+    fixed = {FIXED + name: tensor for name, tensor in optimizer.fixed.items()}
     return direct | fixed | {UPDATES: torch.tensor(optimizer.updates)}
-
-
-def direct_name(name: str) -> str:
-    """The name in outer.safetensors of a weight that is trained directly."""
-    return _DIRECT + name
-
-
-def fixed_entry(name: str) -> str:
-    """The name in outer.safetensors of a tensor that S is made of."""
-    return _FIXED + name
 
 
 def read_fixed(folder: Path, manifest: Manifest) -> FixedTensors:
     """The tensors that S of a checkpoint is made of; mapped."""
     reader = TensorReader(read_header(manifest.file(folder, OUTER_NAME))[0])
-    return {name.removeprefix(_FIXED): reader.tensor(name) for name in reader.entries if name.startswith(_FIXED)}
+    return {name.removeprefix(FIXED): reader.tensor(name) for name in reader.entries if name.startswith(FIXED)}
 
 
 def record_format_of(folder: Path, manifest: Manifest) -> RecordFormat:
@@ -178,12 +152,7 @@ def record_format_of(folder: Path, manifest: Manifest) -> RecordFormat:
     )
 
 
-def rotates(folder: Path, manifest: Manifest) -> bool:
-    """True where S of the checkpoint's residual stream is dense; reads a header alone."""
-    return fixed_entry(basis_name(RESIDUAL)) in read_header(manifest.file(folder, OUTER_NAME))[0]
-
-
-def read_state(optimizer: "ProjectedAdamW", folder: Path, manifest: Manifest) -> None:
+def read_state(optimizer: ProjectedAdamW, folder: Path, manifest: Manifest) -> None:
     """Put a checkpoint's state into an optimizer of the same plan, and publish every weight from it.
 
     Raises:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from pcscale.base.mapped import MappedBase
 from pcscale.base.weight import FrozenWeight
 from pcscale.families.plan import Plan
 from pcscale.projection.engine import Engine
@@ -12,8 +13,6 @@ from pcscale.projection.starts import Start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from pcscale.base.mapped import MappedBase
 
 Method = Literal["projected", "hard_prune"]
 
@@ -25,6 +24,7 @@ class Base(Protocol):
         placement: `disk`, `cpu`, `device` or `zero`: where its weights come from.
         collective: whether all ranks must ask for a weight together, since each holds a part of it.
         coded_fingerprints: of the 8-bit codes that its weights come from; empty: they are the stored ones.
+        stored: the checkpoint that it comes from.
     """
 
     placement: str
@@ -32,9 +32,7 @@ class Base(Protocol):
     coded_fingerprints: dict[str, str]
 
     @property
-    def stored(self) -> "MappedBase":
-        """The checkpoint that it comes from."""
-        ...
+    def stored(self) -> MappedBase: ...
 
     def weight(self, name: str) -> FrozenWeight: ...
 
@@ -49,8 +47,6 @@ class Compression:
 
     Attributes:
         model: a stock causal model at the compressed size; its parameters are named as in the plan.
-        plan: the base's and the compressed shapes.
-        base: where base weights are read from.
         start: what S is and where aux begins; of a checkpoint that is loaded, its `fixed` tensors are enough.
         method: `hard_prune` trains the start directly, without the base: the control arm.
         engine: the holder of the model's weights and gradients; None: this process, whole. With several ranks each has

@@ -30,13 +30,13 @@ def pull_back_flops(base_shape: Shape, shape: Shape, rank: int | None = None, ou
     """Operations of the gradients of both projections, the products that they share counted once."""
     (O, I), (o, i) = base_shape, shape
     if o == O:
-        return 2 * _in_gradients(O, I, i, rank, shared=False) * (i != I)
+        return 2 * _gradients(O, I, i, rank) * (i != I)
     if i == I:
-        return 2 * _out_gradients(I, O, o, rank)
+        return 2 * _gradients(I, O, o, rank)
     if out_side_first(base_shape, shape, rank) if out_first is None else out_first:
-        gradients = _in_gradients(o, I, i, rank, shared=False) + _out_gradients(I, O, o, rank)
+        gradients = _gradients(o, I, i, rank) + _gradients(I, O, o, rank)
         return 2 * (_apply(I, O, o, rank) + _apply(o, I, i, rank) + gradients)
-    gradients = _in_gradients(O, I, i, rank, shared=True) + _out_gradients(i, O, o, rank)
+    gradients = _gradients(O, I, i, rank, shared=True) + _gradients(i, O, o, rank)
     return 2 * (_apply(O, I, i, rank) + _apply(i, O, o, rank) + gradients)
 
 
@@ -73,10 +73,6 @@ def _apply(lines: int, big: int, small: int, rank: int | None) -> int:
     return lines * (big * small if rank is None else rank * (big + small))
 
 
-def _in_gradients(lines: int, I: int, i: int, rank: int | None, shared: bool) -> int:
-    """Of D_in, or of its factors; `shared`: the product with U is there already."""
-    return lines * (I * i if rank is None else rank * ((1 if shared else 2) * I + 2 * i))
-
-
-def _out_gradients(columns: int, O: int, o: int, rank: int | None) -> int:
-    return columns * (O * o if rank is None else 2 * rank * (O + o))
+def _gradients(lines: int, big: int, small: int, rank: int | None, shared: bool = False) -> int:
+    """Of one D, or of its factors; `shared`: the product with U is there already."""
+    return lines * (big * small if rank is None else rank * ((1 if shared else 2) * big + 2 * small))

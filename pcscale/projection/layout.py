@@ -28,19 +28,16 @@ MIN_8BIT_VALUES = 4096
 ROW_BLOCK = 4096
 """Rows that a matrix whose out side keeps its size is visited in; a multiple of the 256 that 8-bit codes come in."""
 AHEAD = 7
-"""Matrices that are fetched ahead of the one that is worked on, as far as buffers have room: about a layer. Small ones
-are done before a large one could be fetched beside them."""
+"""Matrices that are read ahead of the one that is worked on, as far as buffers have room: about a layer. Small ones
+are done before a large one could be read beside them."""
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """The precision and form of records.
+    """The precision and form of records, as in `State`.
 
     Attributes:
-        dtype: of D and aux.
-        moments: `32bit`, or `8bit` block-wise.
-        rank: of D; None: D is kept whole.
         aux_start: whether a record keeps where aux began: with weight decay and a start of aux that is not zero.
     """
 
@@ -48,9 +45,6 @@ class RecordFormat:
     moments: Literal["32bit", "8bit"] = "32bit"
     rank: int | None = None
     aux_start: bool = False
-
-
-PUBLISHED_FORMAT = RecordFormat()
 
 
 def record_format(config: PlanConfig) -> RecordFormat:
@@ -87,13 +81,12 @@ def record_layout(planned: PlannedWeight, form: RecordFormat) -> dict[str, Tenso
     """Every tensor of a record: wide dtypes first, so that each begins at a multiple of its item's size."""
     layout: dict[str, TensorSpec] = {}
     for name, shape in value_shapes(planned, form.rank).items():
-        layout[name] = TensorSpec(_DTYPES[form.dtype], shape)
+        layout[name], count = TensorSpec(_DTYPES[form.dtype], shape), math.prod(shape)
+        coded = form.moments == "8bit" and count >= MIN_8BIT_VALUES
         for moment in MOMENTS:
-            if form.moments == "8bit" and math.prod(shape) >= MIN_8BIT_VALUES:
-                layout[f"{name}.{moment}"] = TensorSpec("U8", shape)
-                layout[f"{name}.{moment}.{ABSMAX}"] = TensorSpec("F32", (-(-math.prod(shape) // QUANTISED_BLOCK),))
-            else:
-                layout[f"{name}.{moment}"] = TensorSpec("F32", shape)
+            layout[f"{name}.{moment}"] = TensorSpec("U8" if coded else "F32", shape)
+            if coded:
+                layout[f"{name}.{moment}.{ABSMAX}"] = TensorSpec("F32", (-(-count // QUANTISED_BLOCK),))
     if form.aux_start:
         layout[AUX_START] = TensorSpec(_DTYPES[form.dtype], planned.shape)
     return dict(sorted(layout.items(), key=lambda item: -ITEM_BYTES[item[1].dtype]))
@@ -118,11 +111,7 @@ def trainable_values(planned: PlannedWeight, rank: int | None = None) -> int:
 
 
 def check_rank(matrices: Iterable[PlannedWeight], rank: int | None) -> None:
-    """Refuse a rank at which the factors of some D hold more values than D itself.
-
-    Raises:
-        RequestError: with the largest rank that saves something.
-    """
+    """Refuse a rank at which the factors of some D hold more values than D itself."""
     limits = [
         math.ceil(big * small / (big + small)) - 1
         for planned in matrices

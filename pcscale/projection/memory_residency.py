@@ -1,15 +1,10 @@
-"""Residencies of records on the device and in host memory, and the protocol of every residency.
-
-A record is one block of bytes (projection/layout.py). A residency gives a visit a buffer to work in and takes it back:
-no visit sees bytes that another thread may write.
-"""
+"""Residencies of records on the device and in host memory."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,72 +34,64 @@ class Traffic:
         return self.base_read + self.records_read + self.records_written
 
 
-class Residency(Protocol):
-    """The place where records live. `read` and `write` run on a thread each, one call at a time."""
+class DeviceResidency:
+    """Records stay on the device; nothing moves.
+
+    Every residency has these public methods. It gives a visit a buffer to work in and takes it back, so that no visit
+    sees bytes that another thread may write; `read` and `write` run on a thread each, one call at a time.
+    """
+
+    def __init__(self, layouts: Layouts, device: torch.device) -> None:
+        sizes = {name: record_size(layout) for name, layout in layouts.items()}
+        buffers = {name: torch.zeros(size, dtype=torch.uint8, device=device) for name, size in sizes.items()}
+        self._hold(layouts, buffers, placement_of(device))
+
+    def _hold(self, layouts: Layouts, buffers: dict[str, torch.Tensor], placement: str) -> None:
+        """Keep records in these buffers, and enter them into the ledger."""
+        self._buffers = buffers
+        self._views = {name: views_of(buffers[name], layout) for name, layout in layouts.items()}
+        for component, of_moments in ((RECORDS, False), (MOMENTS, True)):
+            parts = (part for views in self._views.values() for part in views.items())
+            num_bytes = sum(tensor.nbytes for name, tensor in parts if ("." in name) == of_moments)
+            ledger.keep(self, component, placement, num_bytes)
 
     def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Make a record: these tensors, zeros everywhere else."""
-        ...
+        self._buffers[name].zero_()
+        for part, view in self._views[name].items():
+            if part in tensors:
+                view.copy_(tensors[part])
 
     def read(self, name: str) -> torch.Tensor:
         """Give a buffer on the device with the record's bytes."""
-        ...
-
-    def write(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
-        """Take the buffer back, and its bytes as the record's where they changed."""
-        ...
-
-    def save(self, name: str, path: Path) -> str:
-        """Write the record as a safetensors file; returns the file's fingerprint."""
-        ...
-
-    def load(self, name: str, path: Path) -> None:
-        """Take the record from such a file, whose tensors were found to be those of the layout."""
-        ...
-
-
-class DeviceResidency:
-    """Records stay on the device; nothing moves."""
-
-    def __init__(self, layouts: Layouts, device: torch.device) -> None:
-        self._layouts = layouts
-        enter_records(self, layouts, placement_of(device))
-        self._buffers = {
-            name: torch.zeros(record_size(layout), dtype=torch.uint8, device=device) for name, layout in layouts.items()
-        }
-
-    def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        _fill(self._buffers[name], self._layouts[name], tensors)
-
-    def read(self, name: str) -> torch.Tensor:
         return self._buffers[name]
 
     def write(self, name: str, buffer: torch.Tensor, changed: bool) -> None:
-        pass
+        """Take the buffer back, and its bytes as the record's where they changed."""
 
     def save(self, name: str, path: Path) -> str:
-        return write_tensors(path, views_of(self._buffers[name], self._layouts[name]))
+        """Write the record as a safetensors file; returns the file's fingerprint."""
+        return write_tensors(path, self._views[name])
 
     def load(self, name: str, path: Path) -> None:
-        _fill_from_file(self._buffers[name], self._layouts[name], path)
+        """Take the record from such a file, whose tensors were found to be those of the layout."""
+        reader = TensorReader(read_header(path)[0])
+        for part, view in self._views[name].items():
+            view.copy_(reader.tensor(part))
 
 
-class HostResidency:
+class HostResidency(DeviceResidency):
     """Records live in host memory, pinned where there is a GPU; the device holds those that are worked on."""
 
     def __init__(self, layouts: Layouts, device: torch.device, device_bytes: int, traffic: Traffic) -> None:
-        self._layouts = layouts
-        self._memory = HostBytes(sum(aligned(record_size(layout)) for layout in layouts.values()))
-        enter_records(self, layouts, self._memory.placement)
+        sizes = {name: record_size(layout) for name, layout in layouts.items()}
+        self._memory = HostBytes(sum(map(aligned, sizes.values())))
         self._memory.bytes.zero_()
         places = Arena(self._memory.bytes)
-        self._buffers = {name: places.take(record_size(layout)) for name, layout in layouts.items()}
+        self._hold(layouts, {name: places.take(size) for name, size in sizes.items()}, self._memory.placement)
         self._working = Arena(torch.zeros(device_bytes, dtype=torch.uint8, device=device))
         self._traffic = traffic
         ledger.keep(self, RECORD_BUFFERS, placement_of(device), device_bytes)
-
-    def create(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        _fill(self._buffers[name], self._layouts[name], tensors)
 
     def read(self, name: str) -> torch.Tensor:
         source = self._buffers[name]
@@ -118,12 +105,6 @@ class HostResidency:
             if changed:
                 copy_bytes(buffer, self._buffers[name])
                 self._traffic.records_written += len(buffer)
-
-    def save(self, name: str, path: Path) -> str:
-        return write_tensors(path, views_of(self._buffers[name], self._layouts[name]))
-
-    def load(self, name: str, path: Path) -> None:
-        _fill_from_file(self._buffers[name], self._layouts[name], path)
 
 
 class _Copier(threading.local):
@@ -157,25 +138,3 @@ def given_back(arena: Arena, buffer: torch.Tensor) -> Iterator[None]:
 
 def record_size(layout: dict[str, TensorSpec]) -> int:
     return sum(spec.num_bytes for spec in layout.values())
-
-
-def enter_records(owner: Residency, layouts: Layouts, placement: str) -> None:
-    """Enter what a residency holds in memory into the ledger."""
-    for component, of_moments in ((RECORDS, False), (MOMENTS, True)):
-        specs = ((name, spec) for layout in layouts.values() for name, spec in layout.items())
-        num_bytes = sum(spec.num_bytes for name, spec in specs if ("." in name) == of_moments)
-        ledger.keep(owner, component, placement, num_bytes)
-
-
-def _fill(buffer: torch.Tensor, layout: dict[str, TensorSpec], tensors: dict[str, torch.Tensor]) -> None:
-    """Zeros, and these tensors."""
-    buffer.zero_()
-    for name, view in views_of(buffer, layout).items():
-        if name in tensors:
-            view.copy_(tensors[name])
-
-
-def _fill_from_file(buffer: torch.Tensor, layout: dict[str, TensorSpec], path: Path) -> None:
-    reader = TensorReader(read_header(path)[0])
-    for name, view in views_of(buffer, layout).items():
-        view.copy_(reader.tensor(name))

@@ -1,7 +1,7 @@
 """Who owns which projected matrix: a pure function of costs and the number of ranks.
 
 An owner alone holds a matrix's base weight, record and moments, gets its reduced gradient and publishes its new weight.
-The sweep goes in rounds of one matrix per owner, so that all ranks fetch, compute and publish at the same time.
+The sweep goes in rounds of one matrix per owner, so that all ranks read, compute and publish at the same time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,7 @@ Round = tuple[str | None, ...]
 
 
 def sweep_rounds(matrices: Sequence[PlannedWeight], rank: int | None, world_size: int) -> list[Round]:
-    """The rounds of a sweep over these matrices.
-
-    Args:
-        rank: of D, which decides what a visit costs; None: whole.
-    """
+    """The rounds of a sweep over these matrices; `rank` is that of D, which decides what a visit costs."""
     return rounds({planned.name: visit_flops(*planned.shapes, rank) for planned in matrices}, world_size)
 
 
@@ -30,13 +26,10 @@ def owned_matrices(matrices: Sequence[PlannedWeight], rank: int | None, topology
 
 
 def rounds(costs: Mapping[str, int], world_size: int) -> list[Round]:
-    """The rounds of a sweep over all matrices.
+    """The rounds of a sweep, given the cost of a visit to each matrix, in any unit.
 
     With several ranks the costly ones go first, each to the rank that has least to do: a round's matrices take about
     equally long, and so do the ranks' sums. One rank keeps the order.
-
-    Args:
-        costs: of a visit to each matrix, in any unit.
     """
     if world_size == 1:
         return [(name,) for name in costs]

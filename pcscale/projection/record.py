@@ -8,15 +8,7 @@ import torch
 from pcscale.families.axes import PROJECTED_AXES
 from pcscale.families.plan import PlannedWeight, kept_name
 from pcscale.projection.algebra import Projection, Side
-from pcscale.projection.layout import (
-    ABSMAX,
-    AUX,
-    AUX_START,
-    DELTA_IN,
-    DELTA_OUT,
-    MOMENTS,
-    TensorSpec,
-)
+from pcscale.projection.layout import ABSMAX, AUX, AUX_START, DELTA_IN, DELTA_OUT, MOMENTS, TensorSpec
 from pcscale.storage.blockwise import Blockwise
 from pcscale.storage.reader import TORCH_DTYPES
 
@@ -50,79 +42,37 @@ class Trained:
                 yield f"{name}.{moment}", stored
 
 
-@dataclass(frozen=True)
-class FixedSide:
-    """S of one side of one matrix, on the device of its products, in what it is made of.
-
-    Attributes:
-        kept: `[o]` or `[i]` int64, what S selects of the base's axis.
-        basis: `[big, small]` float32, of which S is made instead, for all matrices on that axis; None: S selects.
-        scale: `[big]` float32, what each row of the basis is multiplied with; None: nothing.
-    """
-
-    kept: torch.Tensor
-    basis: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-
-    def start(self, dtype: torch.dtype, dim: int) -> torch.Tensor:
-        """S as `algebra.Side` takes it; a dense one is newly allocated, `[o, O]` for dim 0 and `[I, i]` for dim 1."""
-        if self.basis is None:
-            return self.kept
-        whole = self.basis if self.scale is None else self.basis * self.scale[:, None]
-        return (whole.T if dim == 0 else whole).to(dtype)
-
-
-@dataclass(frozen=True)
-class FixedSides:
-    """S of both sides of a matrix, or of a vector's one; None: a side keeps its size."""
-
-    out: FixedSide | None
-    in_: FixedSide | None = None
-
-    @classmethod
-    def of(cls, planned: PlannedWeight, fixed: FixedTensors) -> "FixedSides":
-        sides: list[FixedSide | None] = []
-        for axis, base_size, size in zip(planned.weight.axes, planned.base_shape, planned.shape, strict=True):
-            name = kept_name(axis, planned.weight.layer) if axis in PROJECTED_AXES else None
-            if name is None or (size == base_size and basis_name(name) not in fixed):
-                sides.append(None)
-                continue
-            # A norm is folded into what reads it, on the in side.
-            reads = planned.weight.reads if len(sides) == 1 else None
-            scale = None if reads is None else fixed.get(scale_name(reads))
-            sides.append(FixedSide(fixed[name], fixed.get(basis_name(name)), scale))
-        return cls(*sides)
-
-
 @dataclass
 class MatrixRecord:
     """Everything that training adds to one matrix.
 
     Attributes:
+        fixed: on the device of the products.
         parts: by name, as in `layout.value_shapes`: D of each projected side, or its factors, and `aux`.
         aux_start: where aux began, for weight decay; None: at zero, or there is no decay.
     """
 
-    fixed: FixedSides
+    planned: PlannedWeight
+    fixed: FixedTensors
     parts: dict[str, Trained]
     aux_start: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, fixed: FixedSides, tensors: dict[str, torch.Tensor]) -> "MatrixRecord":
+    def of(cls, planned: PlannedWeight, fixed: FixedTensors, tensors: dict[str, torch.Tensor]) -> "MatrixRecord":
         """The record whose tensors these are, by the names that they have on disk."""
         parts = {
             name: Trained(tensors[name], *(_moment(tensors, f"{name}.{moment}") for moment in MOMENTS))
             for name in (*DELTA_OUT, *DELTA_IN, AUX)
             if name in tensors
         }
-        return cls(fixed, parts, tensors.get(AUX_START))
+        return cls(planned, fixed, parts, tensors.get(AUX_START))
 
     def projection(self, dtype: torch.dtype = torch.float32) -> Projection:
         """The projection in the dtype of the products: views where the record is kept so.
 
         aux stays as it is kept: it is added to a product, not multiplied.
         """
-        return projection_of(self.fixed, {name: part.value for name, part in self.parts.items()}, dtype)
+        return projection_of(self.planned, self.fixed, {name: part.value for name, part in self.parts.items()}, dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By the names that a record file uses: `delta_in`, `delta_in.exp_avg`, …"""
@@ -130,17 +80,42 @@ class MatrixRecord:
         return tensors if self.aux_start is None else tensors | {AUX_START: self.aux_start}
 
 
-def projection_of(fixed: FixedSides, values: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> Projection:
+def projection_of(
+    planned: PlannedWeight, fixed: FixedTensors, values: dict[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> Projection:
     """A matrix's projection from its trainable values by name.
 
     Args:
-        dtype: of the factors and of a dense S; None: factors as they are.
+        dtype: of the factors and of a dense S; None: factors as they are, S float32.
     """
     sides = []
-    for dim, (side, names) in enumerate(((fixed.out, DELTA_OUT), (fixed.in_, DELTA_IN))):
+    for dim, names in enumerate((DELTA_OUT, DELTA_IN)):
+        start = start_of(planned, fixed, dim, dtype or torch.float32)
         factors = tuple(values[name] if dtype is None else values[name].to(dtype) for name in names if name in values)
-        sides.append(None if side is None else Side(side.start(dtype or torch.float32, dim), factors))
+        sides.append(None if start is None else Side(start, factors))
     return Projection(sides[0], sides[1], values[AUX])
+
+
+def start_of(
+    planned: PlannedWeight, fixed: FixedTensors, dim: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor | None:
+    """S of one dim of a weight, as `algebra.Side` takes it; None: the weight keeps its size there.
+
+    Returns:
+        `[o]` or `[i]` int64, selected entries; or dense, in `dtype`: `[o, O]` for dim 0, `[I, i]` for dim 1.
+    """
+    axis = planned.weight.axes[dim]
+    if axis not in PROJECTED_AXES:
+        return None
+    name = kept_name(axis, planned.weight.layer)
+    basis = fixed.get(basis_name(name))
+    if basis is None:
+        return None if planned.shape[dim] == planned.base_shape[dim] else fixed[name]
+    if dim == 0:
+        return basis.T.to(dtype)
+    # A norm is folded into what reads it.
+    scale = None if planned.weight.reads is None else fixed.get(scale_name(planned.weight.reads))
+    return (basis if scale is None else basis * scale[:, None]).to(dtype)
 
 
 def basis_name(axis: str) -> str:

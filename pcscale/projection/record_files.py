@@ -13,21 +13,16 @@ from pcscale.common.errors import RunError
 from pcscale.common.files import TEMPORARY_PREFIX, link_or_copy, readable_os_errors, sync_to_disk, temporary_beside
 from pcscale.common.ledger import PINNED_BUFFERS, RECORD_BUFFERS, ledger, placement_of
 from pcscale.common.units import format_bytes
-from pcscale.projection.layout import TensorSpec
 from pcscale.projection.memory_residency import Layouts, Traffic, copy_bytes, given_back, record_size
 from pcscale.storage.hashing import fingerprint_file
 from pcscale.storage.host_memory import Arena, HostBytes, bytes_of
 from pcscale.storage.index import read_header
 from pcscale.storage.reader import TORCH_DTYPES, TensorReader
-from pcscale.storage.writer import TensorShape, header_bytes
+from pcscale.storage.writer import header_bytes
 
 
 def check_disk(folder: Path, sizes: list[int]) -> None:
-    """Refuse a folder, there already or not, whose disk has no room for records of these sizes.
-
-    Raises:
-        RunError: with what is missing.
-    """
+    """Refuse a folder, there already or not, whose disk has no room for records of these sizes."""
     while not folder.exists():
         folder = folder.parent
     # Beside the records there is a spare file of each size.
@@ -46,8 +41,7 @@ class DiskResidency:
     written again, so that a checkpoint can hold a file by a link to it. A step's files are not synced: after a crash a
     run goes on from its last checkpoint, whose files are.
 
-    Args:
-        device_bytes, staging_bytes: what the device, and pinned memory beside a GPU, hold of records at a time.
+    At a time the device holds `device_bytes` of records, pinned memory beside a GPU `staging_bytes`.
     """
 
     def __init__(
@@ -60,7 +54,10 @@ class DiskResidency:
         traffic: Traffic,
     ) -> None:
         self._layouts = layouts
-        self._headers = {name: header_bytes(_torch_shapes(layout)) for name, layout in layouts.items()}
+        self._headers = {
+            name: header_bytes({part: (TORCH_DTYPES[spec.dtype], spec.shape) for part, spec in layout.items()})
+            for name, layout in layouts.items()
+        }
         self._folder = folder
         self._traffic = traffic
         self._spares: dict[int, Path] = {}
@@ -98,11 +95,9 @@ class DiskResidency:
         buffer = self._working.take(record_size(self._layouts[name]))
         try:
             # The device's buffer comes first: whoever holds a staging buffer needs nothing more to finish.
-            if self._staging is None:
-                self._read(name, buffer)
-            else:
-                with self._staged(len(buffer)) as staging:
-                    self._read(name, staging)
+            with self._staged(buffer) as staging:
+                self._read(name, staging)
+                if staging is not buffer:
                     copy_bytes(staging, buffer)
         except BaseException:
             self._working.give(buffer)
@@ -113,12 +108,10 @@ class DiskResidency:
         with given_back(self._working, buffer):
             if not changed:
                 return
-            if self._staging is None:
-                self._write(name, buffer)
-            else:
-                with self._staged(len(buffer)) as staging:
+            with self._staged(buffer) as staging:
+                if staging is not buffer:
                     copy_bytes(buffer, staging)
-                    self._write(name, staging)
+                self._write(name, staging)
 
     def save(self, name: str, path: Path) -> str:
         source = self._path(name)
@@ -141,40 +134,39 @@ class DiskResidency:
         return self._folder / f"{name}.safetensors"
 
     @contextmanager
-    def _staged(self, num_bytes: int) -> Iterator[torch.Tensor]:
-        assert self._staging is not None
-        staging = self._staging.take(num_bytes)
+    def _staged(self, buffer: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield host memory for the buffer's bytes: itself without a GPU."""
+        if self._staging is None:
+            yield buffer
+            return
+        staging = self._staging.take(len(buffer))
         with given_back(self._staging, staging):
             yield staging
 
     @contextmanager
     def _new_file(self, name: str) -> Iterator[BinaryIO]:
-        """A file, in the place of a spare one of the same length where there is one, that becomes the record."""
-        path = self._path(name)
-        temporary, spare = temporary_beside(path), self._spares.pop(self._file_bytes(name), None)
+        """A file, in the place of a spare one of the same length where there is one, that becomes the record.
+
+        The former file is a spare from now on, unless a checkpoint shares it: written over, it costs no new pages of
+        memory and no new blocks of the disk.
+        """
+        path, num_bytes = self._path(name), self._file_bytes(name)
+        temporary, spare = temporary_beside(path), self._spares.pop(num_bytes, None)
         with readable_os_errors(path):
             try:
                 if spare is not None:
                     spare.rename(temporary)
                 with temporary.open("wb" if spare is None else "r+b") as file:
                     yield file
-                self._replace(name, temporary)
+                if path.exists() and path.stat().st_nlink == 1:
+                    spare = path.with_name(f"{TEMPORARY_PREFIX}spare-{num_bytes}")
+                    with contextlib.suppress(OSError):  # A file system without links has no spares.
+                        spare.hardlink_to(path)
+                        self._spares[num_bytes] = spare
+                temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-
-    def _replace(self, name: str, temporary: Path) -> None:
-        """Make a written file the record. The old one is a spare from now on, unless a checkpoint shares it.
-
-        Written over, it costs no new pages of memory and no new blocks of the disk.
-        """
-        path, num_bytes = self._path(name), self._file_bytes(name)
-        if path.exists() and path.stat().st_nlink == 1:
-            spare = path.with_name(f"{TEMPORARY_PREFIX}spare-{num_bytes}")
-            with contextlib.suppress(OSError):  # A file system without links has no spares.
-                spare.hardlink_to(path)
-                self._spares[num_bytes] = spare
-        temporary.replace(path)
 
     def _file_bytes(self, name: str) -> int:
         return len(self._headers[name]) + record_size(self._layouts[name])
@@ -201,7 +193,3 @@ class DiskResidency:
 
 
 _RESUME = "Check the disk; the last checkpoint is whole: go on from it with --resume."
-
-
-def _torch_shapes(layout: dict[str, TensorSpec]) -> dict[str, TensorShape]:
-    return {name: (TORCH_DTYPES[spec.dtype], spec.shape) for name, spec in layout.items()}

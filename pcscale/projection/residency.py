@@ -12,16 +12,11 @@ import torch
 
 from pcscale.common.errors import BudgetError
 from pcscale.common.units import aligned, format_bytes
-from pcscale.projection.layout import RecordFormat, overlap_bytes
-from pcscale.projection.memory_residency import (
-    DeviceResidency,
-    HostResidency,
-    Layouts,
-    Residency,
-    Traffic,
-    record_size,
-)
+from pcscale.projection.layout import overlap_bytes
+from pcscale.projection.memory_residency import DeviceResidency, HostResidency, Layouts, Traffic, record_size
 from pcscale.projection.record_files import DiskResidency
+
+Residency = DeviceResidency | HostResidency | DiskResidency
 
 
 @dataclass(frozen=True)
@@ -29,8 +24,7 @@ class State:
     """How and where `ProjectedAdamW` keeps what it trains; names and defaults are those of run.yaml.
 
     Attributes:
-        residency: the place of records and moments: `device`, `cpu` (host memory) or `disk` (files).
-        folder: of the files; needed with residency `disk`.
+        residency: of records and moments: `device`, `cpu` (host memory) or `disk` (files in `folder`).
         pinned_memory: cap on the host memory that the residency takes; None: what lets motion overlap with compute.
             Units: bytes.
         record_dtype: of D and aux; `bfloat16` is rounded stochastically.
@@ -50,21 +44,13 @@ class State:
     gradient_home: Literal["device", "cpu"] = "device"
     seed: int = 0
 
-    def format(self, aux_start: bool) -> RecordFormat:
-        """The format of records; `aux_start` says whether they keep where aux began."""
-        return RecordFormat(self.record_dtype, self.moments, self.projection_rank, aux_start)
-
-
-ON_DEVICE = State()
-
 
 def open_residency(state: State, layouts: Layouts, device: torch.device, traffic: Traffic) -> Residency:
     """The residency of the records with these layouts; each is made with `create`.
 
     Raises:
         BudgetError: `pinned_memory` is less than what this residency needs.
-        RunError: the folder's disk has no room for the records.
-        RequestError: the folder cannot be written.
+        RunError, RequestError: the folder's disk has no room for the records, or cannot be written.
     """
     sizes = [record_size(layout) for layout in layouts.values()]
     check_budget(state, sizes)
@@ -79,11 +65,7 @@ def open_residency(state: State, layouts: Layouts, device: torch.device, traffic
 
 
 def check_budget(state: State, sizes: list[int]) -> None:
-    """Refuse a budget that records of these sizes cannot keep.
-
-    Raises:
-        BudgetError: with the least that would do.
-    """
+    """Refuse a budget that records of these sizes cannot keep; the error names the least that would do."""
     if state.residency == "device" or state.pinned_memory is None:
         return
     least = sum(map(aligned, sizes)) if state.residency == "cpu" else max(sizes, default=0)

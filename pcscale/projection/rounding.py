@@ -9,24 +9,21 @@ Source of the hash's constants: Wellons' search for low-bias 32-bit integer hash
 
 import torch
 
-NoiseKey = int
-"""32 bits that say which tensor in which step; see `noise_key`."""
-
 _ROUNDS = ((16, 0xFFFF, 0x21F0AAAD), (15, 0x1FFFF, 0xD35A2D97 - 2**32))
 _LAST_SHIFT, _LAST_MASK = 15, 0x1FFFF
 _GOLDEN = 0x9E3779B9
 _MASK = 2**32 - 1
 
 
-def noise_key(seed: int, step: int, matrix: int, part: int) -> NoiseKey:
-    """A key from what tells two roundings apart."""
+def noise_key(seed: int, step: int, matrix: int, part: int) -> int:
+    """A key of 32 bits from what tells two roundings apart."""
     key = 0
     for number in (seed, step, matrix, part):
         key = _mix((key + _GOLDEN + number) & _MASK)
     return key
 
 
-def round_stochastically(values: torch.Tensor, key: NoiseKey, first: int, out: torch.Tensor) -> None:
+def round_stochastically(values: torch.Tensor, key: int, first: int, out: torch.Tensor) -> None:
     """Write finite float32 `values` into the bfloat16 `out`, each to one of its two neighbours.
 
     Args:
@@ -40,7 +37,7 @@ def round_stochastically(values: torch.Tensor, key: NoiseKey, first: int, out: t
     out.view(torch.int16).copy_(bits.view(torch.int16)[1::2])  # Little-endian: the upper half is the bfloat16.
 
 
-def _noise(key: NoiseKey, first: int, count: int, device: torch.device) -> torch.Tensor:
+def _noise(key: int, first: int, count: int, device: torch.device) -> torch.Tensor:
     """`[count]` int16, uniform over all 16 bits: the halves of one hash for every two positions."""
     assert first % 2 == 0
     start = first // 2

@@ -4,8 +4,9 @@ Legend: O, I base sizes of the out and in side; o, i compressed sizes; H, h the 
 b a block of rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 
@@ -18,15 +19,16 @@ from pcscale.families.axes import RESIDUAL
 from pcscale.families.plan import Plan, PlannedWeight, kept_name
 from pcscale.families.spec import Kind
 from pcscale.projection.layout import DELTA_IN, DELTA_OUT, row_blocks, value_shapes
-from pcscale.projection.record import FixedSides, FixedTensors, basis_name, scale_name
-from pcscale.projection.rounding import NoiseKey
+from pcscale.projection.record import FixedTensors, basis_name, scale_name, start_of
 
 TIED_GAIN = 1.1
 """Of the last norm where a rotated head is the embedding (found on SmolLM2-135M, and on no other base)."""
 _SMALLEST_GAMMA = 1e-3
 """Of the root mean square of a norm's weight: smaller entries are not divided by."""
-Blocks = Iterator[tuple[slice, torch.Tensor]]
-"""Rows of a base weight, float32, with their place."""
+RowsOf = Callable[[slice], torch.Tensor | None]
+"""Rows of a base weight, or of what its precision loses, in any dtype; None: it loses nothing."""
+ReadIn = Callable[[torch.Tensor], torch.Tensor]
+"""The in side of a product: of `[x, I]` it makes `[x, i]`."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ def selection(plan: Plan, scores: Scores, read: ReadTensor) -> Start:
 
 
 def rescaled(plan: Plan, scores: Scores, read: ReadTensor) -> Start:
-    """The same with every norm's weight times `sqrt(H e / h)`, e the share of its input's energy that is kept.
+    """The most important channels, with norms that divide by the root mean square of all channels again.
 
-    A norm divides by the root mean square of what it reads, which fewer channels change.
+    A norm's weight is multiplied by `sqrt(H e / h)`, e the share of its input's energy that is kept.
     """
     fixed = select(plan, scores)
     kept = fixed[kept_name(RESIDUAL, None)]
@@ -105,11 +107,9 @@ def rotated(plan: Plan, fixed: FixedTensors, basis_Hh: torch.Tensor, gain: float
     """The start whose residual stream is `x P`, exact but for what the basis P leaves out.
 
     What reads a norm with weight γ has `diag(γ / g) P` for S, g the root mean square of γ; the norm itself keeps
-    `g gain` for every channel, so that what is trained keeps the size it has in the base. A head that is the embedding
-    has the embedding's P, and its norm the diagonal of `Pᵀ diag(γ) P`, which no P makes exact.
-
-    Args:
-        gain: what norms are multiplied with for the energy that the basis leaves out.
+    `g gain` for every channel, so that what is trained keeps the size it has in the base; `gain` makes up for the
+    energy that P leaves out. A head that is the embedding has the embedding's P, and its norm the diagonal of
+    `Pᵀ diag(γ) P`, which no P makes exact.
     """
     fixed, norms = fixed | {basis_name(kept_name(RESIDUAL, None)): basis_Hh}, {}
     readers = {planned.weight.reads for planned in plan.weights}
@@ -142,8 +142,8 @@ def make_start(
     Args:
         scores: with what calibration leaves beside them (calibration/statistics.py).
         read: gives a base weight as it is stored.
-        rebuilt: of dropped ffn channels, by set of kept indices, as `read_rebuilt` gives them; only a start with
-            `least_squares` in its name takes them. Empty: they are added later.
+        rebuilt: of dropped ffn channels, as `read_rebuilt` gives them, for starts with `least_squares` in their name.
+            Empty: they are added later.
 
     Raises:
         RequestError: the scores are of another model, or of no activations where the start needs these, or `rebuilt`
@@ -167,9 +167,7 @@ def start_tensors(
     plan: Plan, start: Start, read: ReadTensor, device: torch.device | None = None
 ) -> dict[str, torch.Tensor]:
     """The compressed model before the first step, by name, on the host: kept entries as stored, all else in float32.
-
-    Args:
-        device: of the products; None: the host.
+    Products are computed on `device`.
     """
     fixed = {name: tensor.to(device) for name, tensor in start.fixed.items()}
     return {planned.name: _start_tensor(planned, start, fixed, read, device) for planned in plan.weights}
@@ -180,113 +178,88 @@ def _start_tensor(
 ) -> torch.Tensor:
     if planned.name in start.norms:
         return start.norms[planned.name]
-    tensor, sides = read(planned.name), FixedSides.of(planned, fixed)
-    if not planned.is_matrix:
-        if sides.out is None:
-            return tensor
-        # A bias that is added to a rotated residual stream.
-        return _select(tensor, 0, sides.out.kept) if sides.out.basis is None else tensor.float() @ sides.out.basis.cpu()
-    rebuilt = _rebuilt_in(planned, start, device)
-    if rebuilt is None and all(side is None or side.basis is None for side in (sides.out, sides.in_)):
-        for dim, side in enumerate((sides.out, sides.in_)):
-            tensor = tensor if side is None else _select(tensor, dim, side.kept)
+    tensor = read(planned.name)
+    sides = [start_of(planned, fixed, dim) for dim in range(tensor.ndim)]
+    rebuilt = _rebuilt(planned, start, device)
+    if rebuilt is None and all(side is None or side.ndim == 1 for side in sides):
+        for dim, kept in enumerate(sides):
+            tensor = tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))
         return tensor
-
-    def blocks() -> Blocks:
-        return ((rows, tensor[rows].to(device, torch.float32)) for rows in row_blocks(planned))
-
-    value_oi = _product(planned, sides, blocks(), lambda X_xI: _start_in(X_xI, sides))
-    return value_oi if rebuilt is None else value_oi.add_(_product(planned, sides, blocks(), rebuilt))
-
-
-def _select(tensor: torch.Tensor, dim: int, kept: torch.Tensor) -> torch.Tensor:
-    return tensor.index_select(dim, kept.to(tensor.device))
+    if not planned.is_matrix:  # A bias that is added to a rotated residual stream.
+        assert sides[0] is not None
+        return tensor.float() @ sides[0].T.cpu()
+    reads = [_kept(planned, fixed), rebuilt]
+    parts = (_product(planned, fixed, tensor.__getitem__, read, device) for read in reads if read is not None)
+    return reduce(torch.Tensor.add_, parts)
 
 
 def start_aux(
     planned: PlannedWeight,
     start: Start,
-    sides: FixedSides,
-    lost: Callable[[slice], torch.Tensor] | None,
-    stored: Callable[[slice], torch.Tensor] | None,
+    fixed: FixedTensors,
+    lost: RowsOf | None,
+    stored: RowsOf | None,
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Where aux begins so that the composed weight is that of `start_tensors`, `[o, i]` float32 on the host.
+    """Where aux begins so that the composed weight is that of `start_tensors`, `[o, i]` float32 on the host; None: at
+    zero.
 
     Args:
-        sides: on the device.
+        fixed: on the device.
         lost: rows of what the base's precision loses (docs/method.md, The base in 8 bits); None: nothing.
         stored: rows of the base weight, of a matrix that `rebuilds`.
-
-    Returns:
-        None: at zero.
     """
-    parts: list[torch.Tensor] = []
-    for rows_of, read_in in (
-        (lost, lambda X_xI: _start_in(X_xI, sides)),
-        (stored, _rebuilt_in(planned, start, device)),
-    ):
-        if rows_of is not None and read_in is not None:
-            blocks = ((rows, rows_of(rows).to(device)) for rows in row_blocks(planned))
-            parts.append(_product(planned, sides, blocks, read_in))
-    return sum(parts[1:], parts[0]) if parts else None
+    pairs = ((lost, _kept(planned, fixed)), (stored, _rebuilt(planned, start, device)))
+    parts = [_product(planned, fixed, rows, read, device) for rows, read in pairs if rows and read]
+    return reduce(torch.Tensor.add_, parts) if parts else None
 
 
 def rebuilds(planned: PlannedWeight, start: Start) -> bool:
     """Whether aux begins with what kept channels say of those that this matrix read beside them."""
-    return _rebuilt_of(planned, start) is not None
+    through_norm = planned.projects_in and (planned.weight.axes[1] != RESIDUAL or planned.weight.reads is not None)
+    return through_norm and kept_name(planned.weight.axes[1], planned.weight.layer) in start.rebuilt
 
 
-def _product(
-    planned: PlannedWeight, sides: FixedSides, blocks: Blocks, read_in: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """`S_out X read_in`, `[o, i]` float32 on the host: rows in one block where the out side is projected."""
-    value_oi = torch.empty(planned.shape)
-    for rows, X_bI in blocks:
-        if sides.out is None:
-            value_oi[rows] = read_in(X_bI).cpu()
-        elif sides.out.basis is None:
-            value_oi.copy_(read_in(X_bI.index_select(0, sides.out.kept)))
-        else:
-            value_oi.copy_(read_in(sides.out.start(X_bI.dtype, 0) @ X_bI))
-    return value_oi
+def _kept(planned: PlannedWeight, fixed: FixedTensors) -> ReadIn:
+    """The product `X S_in`."""
+    S = start_of(planned, fixed, 1)
+    if S is None:
+        return lambda X_xI: X_xI
+    return (lambda X_xI: X_xI.index_select(1, S)) if S.ndim == 1 else (lambda X_xI: X_xI @ S)
 
 
-def _start_in(X_xI: torch.Tensor, sides: FixedSides) -> torch.Tensor:
-    """`X S_in`."""
-    if sides.in_ is None:
-        return X_xI
-    start = sides.in_.start(X_xI.dtype, 1)
-    return X_xI.index_select(1, start) if sides.in_.basis is None else X_xI @ start
-
-
-def _rebuilt_of(planned: PlannedWeight, start: Start) -> str | None:
-    """The set of kept indices that this matrix's in side is rebuilt from; None: it is not."""
-    name = kept_name(planned.weight.axes[1], planned.weight.layer) if planned.projects_in else None
-    if name not in start.rebuilt or (planned.weight.axes[1] == RESIDUAL and planned.weight.reads is None):
+def _rebuilt(planned: PlannedWeight, start: Start, device: torch.device | None) -> ReadIn | None:
+    """The dropped channels, read through the kept ones; None: nothing does."""
+    if not rebuilds(planned, start):
         return None
-    return name
-
-
-def _rebuilt_in(
-    planned: PlannedWeight, start: Start, device: torch.device | None
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What reads the dropped channels through the kept ones; None: nothing does."""
-    name = _rebuilt_of(planned, start)
-    if name is None:
-        return None
-    kept, rebuilt_di = start.fixed[name], start.rebuilt[name].float()
+    name = kept_name(planned.weight.axes[1], planned.weight.layer)
+    kept, factor_di = start.fixed[name], start.rebuilt[name].float()
     dropped = dropped_of(kept, planned.base_shape[1])
     if planned.weight.axes[1] == RESIDUAL and planned.weight.reads is not None:
         gamma_I = start.gammas[planned.weight.reads]
         smallest = _SMALLEST_GAMMA * gamma_I.square().mean().sqrt()
         inverse_i = torch.where(gamma_I[kept].abs() > smallest, gamma_I[kept].reciprocal(), 0.0)
-        rebuilt_di = gamma_I[dropped][:, None] * rebuilt_di * inverse_i
-    rebuilt_di, dropped = rebuilt_di.to(device), dropped.to(device)
-    return lambda X_xI: X_xI.index_select(1, dropped) @ rebuilt_di
+        factor_di = gamma_I[dropped][:, None] * factor_di * inverse_i
+    dropped, factor_di = dropped.to(device), factor_di.to(device)
+    return lambda X_xI: X_xI.index_select(1, dropped) @ factor_di
 
 
-def random_factors(planned: PlannedWeight, rank: int | None, key: NoiseKey) -> dict[str, torch.Tensor]:
+def _product(
+    planned: PlannedWeight, fixed: FixedTensors, rows_of: RowsOf, read_in: ReadIn, device: torch.device | None
+) -> torch.Tensor:
+    """`S_out X read_in`, `[o, i]` float32 on the host: rows in one block where the out side is projected."""
+    S, value_oi = start_of(planned, fixed, 0), torch.empty(planned.shape)
+    for rows in row_blocks(planned):
+        found_bI = rows_of(rows)
+        assert found_bI is not None
+        X_bI = found_bI.to(device, torch.float32)
+        if S is not None:
+            X_bI = X_bI.index_select(0, S) if S.ndim == 1 else S @ X_bI
+        value_oi[rows if S is None else slice(None)] = read_in(X_bI).cpu()
+    return value_oi
+
+
+def random_factors(planned: PlannedWeight, rank: int | None, key: int) -> dict[str, torch.Tensor]:
     """The U of a low rank, by name; with a whole D nothing.
 
     D of low rank is U V with V zero. U is normal with variance 1 / rank: an entry of D then moves by about the learning

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
+from itertools import islice, pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from pcscale.projection.compression import Base
 from pcscale.projection.layout import AHEAD, RecordFormat, record_layout
 from pcscale.projection.memory_residency import Traffic
 from pcscale.projection.owners import Round
-from pcscale.projection.record import FixedSides, FixedTensors, MatrixRecord, views_of
+from pcscale.projection.record import FixedTensors, MatrixRecord, views_of
 from pcscale.projection.residency import State, open_residency
 
 
@@ -29,8 +29,7 @@ class Visit:
     record: MatrixRecord
 
 
-@dataclass(frozen=True)
-class _Ready:
+class _Ready(NamedTuple):
     """A visit's buffer and base weight; None where a rank may not read the weight without the others."""
 
     name: str
@@ -39,16 +38,11 @@ class _Ready:
 
 
 class RecordStore(Mapping[str, MatrixRecord]):
-    """The records of one rank by the name of their matrix, wherever they live. Reading one by name gives a copy of it
-    on the device.
+    """The records of one rank by the name of their matrix; reading one by name gives a copy of it on the device.
 
     Args:
-        matrices: the projected weights.
-        rounds: those of a sweep over all of them.
-        rank: whose records these are.
-        fixed: what S is made of.
-        base: where base weights come from.
-        device: where visits take place.
+        matrices: the projected weights, of which rank `rank` visits its own in the order of `rounds`.
+        fixed: what S is made of; copied to `device`, where visits take place.
     """
 
     def __init__(
@@ -66,25 +60,23 @@ class RecordStore(Mapping[str, MatrixRecord]):
         self.traffic = Traffic()
         planned_of = {planned.name: planned for planned in matrices}
         self._planned = {name: planned_of[name] for sweep_round in rounds if (name := sweep_round[rank]) is not None}
-        """In the order of the visits."""
         self.layouts = {name: record_layout(planned, form) for name, planned in self._planned.items()}
         self._base, self._rank, self._device = base, rank, device
-        self.residency = open_residency(state, self.layouts, device, self.traffic)
-        self.fix(fixed)
-
-    def fix(self, fixed: FixedTensors) -> None:
-        """Have S made of copies of these from now on."""
-        self.fixed = {name: tensor.to(self._device, copy=True) for name, tensor in fixed.items()}
-        self._sides = {name: FixedSides.of(planned, self.fixed) for name, planned in self._planned.items()}
+        self.fixed = {name: tensor.to(device, copy=True) for name, tensor in fixed.items()}
+        self.residency = residency = open_residency(state, self.layouts, device, self.traffic)
+        self.create, self.save, self.load = residency.create, residency.save, residency.load
 
     def __getitem__(self, name: str) -> MatrixRecord:
         buffer = self.residency.read(name)
         copy = buffer.clone()
         self.residency.write(name, buffer, changed=False)
-        return MatrixRecord.of(self._sides[name], views_of(copy, self.layouts[name]))
+        return self._record(name, copy)
+
+    def _record(self, name: str, buffer: torch.Tensor) -> MatrixRecord:
+        return MatrixRecord.of(self._planned[name], self.fixed, views_of(buffer, self.layouts[name]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._planned  # Mapping's own would fetch the record.
+        return name in self._planned  # Mapping's own would read the record.
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._planned)
@@ -112,22 +104,23 @@ class RecordStore(Mapping[str, MatrixRecord]):
     def _visit_each(
         self, rounds: list[Round], change: bool, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
     ) -> Generator[Visit | None]:
-        coming = deque(reader.submit(self._read, sweep_round[self._rank]) for sweep_round in rounds[:AHEAD])
+        names = iter([sweep_round[self._rank] for sweep_round in rounds])
+        coming = deque(reader.submit(self._read, name) for name in islice(names, AHEAD))
         going: list[Future[None]] = []
         gathered = self._gathered(rounds)
         try:
-            for position in range(len(rounds)):
+            for _ in rounds:
                 ready = coming.popleft().result()
-                coming.extend(
-                    reader.submit(self._read, sweep_round[self._rank]) for sweep_round in rounds[position + AHEAD :][:1]
-                )
+                coming.extend(reader.submit(self._read, name) for name in islice(names, 1))
                 weight = next(gathered) if self._base.collective else ready and ready.weight
                 if ready is None:
                     yield None
                     continue
                 changed = False
+                assert weight is not None
                 try:
-                    yield self._visit(ready, weight)
+                    weight.keep_for(self._device)
+                    yield Visit(self._planned[ready.name], weight, self._record(ready.name, ready.buffer))
                     changed = change
                 finally:
                     # Also when the caller failed: the reader may be waiting for this buffer.
@@ -177,12 +170,6 @@ class RecordStore(Mapping[str, MatrixRecord]):
             stream.synchronize()
         return weight
 
-    def _visit(self, ready: _Ready, weight: FrozenWeight | None) -> Visit:
-        assert weight is not None
-        weight.keep_for(self._device)
-        record = MatrixRecord.of(self._sides[ready.name], views_of(ready.buffer, self.layouts[ready.name]))
-        return Visit(self._planned[ready.name], weight, record)
-
     def _write(self, ready: _Ready, computed: torch.cuda.Event | None, changed: bool) -> None:
         if computed is not None:
             computed.synchronize()
@@ -195,11 +182,3 @@ class RecordStore(Mapping[str, MatrixRecord]):
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
-
-    def save(self, name: str, path: Path) -> str:
-        """Write a record's file; returns its fingerprint."""
-        return self.residency.save(name, path)
-
-    def load(self, name: str, path: Path) -> None:
-        """Take a record from a file that `save` wrote, in the same format."""
-        self.residency.load(name, path)

@@ -1,9 +1,8 @@
 """ProjectedAdamW: the optimizer whose step is the projection sweep.
 
-To the outside it is an ordinary optimizer over an ordinary model. Inside, every projected weight is visited once per
-step: its base weight and its record are read, its gradient is pulled back to D_out, D_in and aux, those are updated,
-the new compressed weight is composed and published, and all of it is let go. Norms and biases (and, for hard pruning,
-everything) get plain AdamW.
+Every projected weight is visited once per step: its base weight and its record are read, its gradient is pulled back to
+D_out, D_in and aux, those are updated, the new compressed weight is composed and published, and all of it is let go.
+Norms and biases (and, for hard pruning, everything) get plain AdamW.
 
 Legend: O, I base sizes; o, i compressed sizes; b a block of rows.
 """
@@ -11,6 +10,7 @@ Legend: O, I base sizes; o, i compressed sizes; b a block of rows.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +26,10 @@ from pcscale.projection import algebra
 from pcscale.projection.adamw import AdamW, update
 from pcscale.projection.compression import Compression
 from pcscale.projection.engine import Engine, LocalEngine
-from pcscale.projection.layout import AUX, AUX_START, DELTA_IN, DELTA_OUT, check_rank, row_blocks
+from pcscale.projection.layout import AUX, AUX_START, DELTA_IN, DELTA_OUT, RecordFormat, check_rank, row_blocks
 from pcscale.projection.owners import sweep_rounds
-from pcscale.projection.record import FixedSides, FixedTensors, Trained
-from pcscale.projection.residency import ON_DEVICE, State
+from pcscale.projection.record import Trained
+from pcscale.projection.residency import State
 from pcscale.projection.rounding import noise_key
 from pcscale.projection.starts import Start, random_factors, rebuilds, start_aux
 from pcscale.projection.store import RecordStore, Visit
@@ -49,12 +49,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         lr: rate of D_out and D_in (with method hard_prune of everything); None: run.yaml's default for the method.
         aux_lr: rate of aux, norms and biases; None: three times `lr` (with hard_prune `lr`). It follows a scheduler in
             the same ratio to `lr`.
-        betas, eps: AdamW's.
         weight_decay: decoupled decay of D_out, D_in and aux towards their start; with hard_prune of the matrices.
         projection_rates: `per_matrix` divides a D's rate by what its entries are multiplied with on their way into the
             weight, where that is more than 1: for D_in the mean norm of the base weight's rows, for D_out of its
             columns. A step of Adam then moves the weights of all matrices by about as much. `uniform`: one rate.
-        state: how and where records are kept.
+        state: how and where records are kept; None: whole and in float32 on the device.
 
     Memory: records as `state` says; and while a matrix is visited its gradients and products, in the dtype of the
     products: the model's on a GPU, float32 elsewhere.
@@ -73,9 +72,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
         eps: float = defaults.EPSILON,
         weight_decay: float = defaults.WEIGHT_DECAY,
         projection_rates: Literal["per_matrix", "uniform"] = defaults.PROJECTION_RATES,
-        state: State = ON_DEVICE,
+        state: State | None = None,
     ) -> None:
-        method = compression.method
+        method, state = compression.method, state or State()
         lr = defaults.learning_rate(method) if lr is None else lr
         aux_lr = defaults.aux_learning_rate(method, lr) if aux_lr is None else aux_lr
         if lr <= 0 or aux_lr < 0:
@@ -83,6 +82,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self.compression, self.plan, self.base = compression, compression.plan, compression.base
         self.projection_rates, self.seed = projection_rates, state.seed
         self.updates = 0
+        self.project = method == "projected"
+        """False: hard pruning trains everything directly."""
         self._divisors: dict[str, tuple[float, float]] = {}
         """Divisors of the rates of D_out and D_in, by matrix; the base does not change."""
         named = dict(compression.model.named_parameters())
@@ -93,26 +94,19 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self.direct = self._open_direct()
         """Weights that are trained without a projection, on every rank; a value is the parameter itself where that is
         whole and float32."""
-        decay = {"projected": weight_decay, "matrices": weight_decay, "vectors": 0.0}
-        groups = {
-            role: [parameters[planned.name] for planned in self.plan.weights if self._role(planned) == role]
-            for role in decay
-        }
-        super().__init__(
-            [
-                {"params": members, "role": role, "weight_decay": decay[role]}
-                for role, members in groups.items()
-                if members
-            ],
-            {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_lr / lr},
-        )
+        groups: list[dict[str, Any]] = []
+        for role, decay in (("projected", weight_decay), ("matrices", weight_decay), ("vectors", 0.0)):
+            members = [parameters[planned.name] for planned in self.plan.weights if self._role(planned) == role]
+            if members:
+                groups.append({"params": members, "role": role, "weight_decay": decay})
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "aux_ratio": aux_lr / lr})
 
     def _open_records(self, start: Start, state: State, weight_decay: float) -> None:
         """Make the record of every matrix that this rank owns."""
         projected = [planned for planned in self.plan.weights if planned.is_matrix and self.project]
         check_rank(projected, state.projection_rank)
         moves_aux = bool(self.base.coded_fingerprints or start.rebuilt or start.moves_aux)
-        form = state.format(aux_start=weight_decay > 0 and moves_aux)
+        form = RecordFormat(state.record_dtype, state.moments, state.projection_rank, weight_decay > 0 and moves_aux)
         topology = self.engine.topology
         self._rounds = sweep_rounds(projected, form.rank, topology.world_size)
         self._position = {planned.name: position for position, planned in enumerate(projected)}
@@ -121,15 +115,18 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self.records = RecordStore(
             projected, self._rounds, topology.rank, form, start.fixed, self.base, state, self.engine.device
         )
-        ledger.keep(self, ROTATION, placement_of(self.engine.device), _dense_bytes(self.records.fixed))
+        self.fixed = self.records.fixed
+        dense_bytes = sum(tensor.nbytes for tensor in self.fixed.values() if tensor.is_floating_point())
+        ledger.keep(self, ROTATION, placement_of(self.engine.device), dense_bytes)
         for planned in projected:
             self._create(planned, start)
 
     def _open_direct(self) -> dict[str, Trained]:
-        device, direct = self.engine.device, {}
-        for planned in self.plan.weights:
-            if planned.name not in self._position:
-                direct[planned.name] = Trained.starting_at(self.engine.value(planned.name).to(device, torch.float32))
+        device = self.engine.device
+        direct = {
+            name: Trained.starting_at(self.engine.value(name).to(device, torch.float32))
+            for name in (planned.name for planned in self.plan.weights if planned.name not in self._position)
+        }
         # Moments, and values where they are not the parameters.
         num_bytes = sum(
             tensor.nbytes
@@ -145,16 +142,6 @@ class ProjectedAdamW(torch.optim.Optimizer):
             return "projected"
         return "matrices" if planned.is_matrix else "vectors"
 
-    @property
-    def project(self) -> bool:
-        """Whether matrices are projected; False: hard pruning trains everything directly."""
-        return self.compression.method == "projected"
-
-    @property
-    def fixed(self) -> FixedTensors:
-        """The tensors that S is made of; a checkpoint that is loaded brings its own values."""
-        return self.records.fixed
-
     def _create(self, planned: PlannedWeight, start: Start) -> None:
         """Make this rank's record of a matrix at the start; all ranks read the base together where they must."""
         name, base = planned.name, self.base
@@ -169,24 +156,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
             lost = base.lost(name, rows)
             return values if lost is None else values + lost.to(values.device)
 
-        def lost(rows: slice) -> torch.Tensor:
-            found = base.lost(name, rows)
-            assert found is not None
-            return found
-
-        key = noise_key(self.seed, 0, self._position[name], 0)
-        values = random_factors(planned, self.records.form.rank, key)
-        aux = start_aux(
-            planned,
-            start,
-            FixedSides.of(planned, self.fixed),
-            lost if base.coded_fingerprints else None,
-            None if weight is None else stored,
-            self.engine.device,
-        )
+        values = random_factors(planned, self.records.form.rank, noise_key(self.seed, 0, self._position[name], 0))
+        lost = partial(base.lost, name) if base.coded_fingerprints else None
+        aux = start_aux(planned, start, self.fixed, lost, stored if weight else None, self.engine.device)
         if aux is not None:
             values |= {AUX: aux, AUX_START: aux}
-        self.records.residency.create(name, values)
+        self.records.create(name, values)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale all gradients so that their norm is at most `max_norm`; returns the norm before."""
@@ -276,8 +251,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         projection = visit.record.projection(self.compute_dtype)
         for rows in row_blocks(visit.planned):
             W_bI = visit.weight.rows(self.compute_dtype, rows.start, rows.stop)
-            part = replace(projection, aux=projection.aux[rows])
-            new_oi[rows] = algebra.compose(W_bI, part)
+            new_oi[rows] = algebra.compose(W_bI, replace(projection, aux=projection.aux[rows]))
 
     def _settings(self, group: dict[str, Any], rate: float, weight_decay: float | None = None) -> AdamW:
         decay = group["weight_decay"] if weight_decay is None else weight_decay
@@ -285,7 +259,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def compose_all(self) -> None:
-        """Publish every weight from its record: what a resumed run does before its first step."""
+        """Publish every weight from its record, as a resumed run does before its first step."""
         with tf32_products(), self.records.visits(self._rounds, False) as visits:
             for sweep_round, visit in zip(self._rounds, visits, strict=True):
                 if visit is not None:
@@ -295,12 +269,9 @@ class ProjectedAdamW(torch.optim.Optimizer):
             self.engine.replace(name, trained.value)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint that can be merged and gone on from: records, what S is made of, and a manifest.
+        """Write a checkpoint for `pcscale.merge` and `pcscale.from_checkpoint`, in place of any that `folder` holds.
 
-        It holds no base weight; `pcscale.merge` and `pcscale.from_checkpoint` find the base by its name and hashes.
-
-        Args:
-            folder: the checkpoint's; one that is there is replaced.
+        It holds no base weight: the base is found by its name and hashes.
 
         Raises:
             RunError: the disk is full; nothing was replaced.
@@ -314,7 +285,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         return {**super().state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave; records are read by `load_checkpoint`."""
+        """Take what `state_dict` gave; records are read by `pcscale.from_checkpoint`."""
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "updates"})
         self.updates = int(state_dict["updates"])
 
@@ -331,19 +302,13 @@ def tf32_products() -> Iterator[None]:
 
 
 def _mean_norms(weight: FrozenWeight, planned: PlannedWeight) -> tuple[float, float]:
-    """The mean norms of a base weight's columns and of its rows."""
-    squares_I: torch.Tensor | float = 0.0
-    of_rows = 0.0
+    """The mean norm of a base weight's columns, and that of its rows."""
+    squares_I, of_rows = torch.zeros(()), 0.0
     for rows in row_blocks(planned):
         W_bI = weight.rows(torch.float32, rows.start, rows.stop)
         of_rows += torch.linalg.vector_norm(W_bI, dim=1).sum().item()
-        squares_I = squares_I + W_bI.square().sum(0)
-    assert isinstance(squares_I, torch.Tensor)
+        squares_I = squares_I.to(W_bI.device) + W_bI.square().sum(0)
     return squares_I.sqrt().mean().item(), of_rows / planned.base_shape[0]
-
-
-def _dense_bytes(fixed: FixedTensors) -> int:
-    return sum(tensor.nbytes for tensor in fixed.values() if tensor.is_floating_point())
 
 
 def _matching_parameter(planned: PlannedWeight, parameters: dict[str, nn.Parameter]) -> nn.Parameter:

@@ -1,7 +1,8 @@
 """Runs beside each other: settings, sizes and memory, and held-out losses at equal tokens and equal time."""
 
+import os
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, count, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.files import write_bytes
 from pcscale.config.schema import RunConfig
+from pcscale.reporting import summary
 from pcscale.reporting.drawing import png
 from pcscale.reporting.plots import plot_comparison
 from pcscale.run.folder import RunFolder
@@ -56,12 +58,12 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     if len(paths) < 2:
         raise RequestError(f"a comparison takes two runs at least, found {len(paths)}. Name more run folders.")
     resolved = [path.resolve() for path in paths]
-    for position, path in enumerate(resolved):
-        if path in resolved[:position]:
-            raise RequestError(f"{paths[position]} is named twice. Name different runs.")
+    for number, path in enumerate(resolved):
+        if path in resolved[:number]:
+            raise RequestError(f"{paths[number]} is named twice. Name different runs.")
     runs = [_read_finished(path) for path in paths]
-    check_same_data(runs)
-    curves = [held_out_curve(record) for record in runs]
+    _check_same_data(runs)
+    curves = [_held_out_curve(record) for record in runs]
     shared = set.intersection(*(set(curve["tokens"][1:]) for curve in curves))
     equal = {
         "tokens": max(shared) if shared else min(curve["tokens"][-1] for curve in curves),
@@ -75,98 +77,77 @@ def compare_runs(paths: Sequence[Path]) -> dict[str, Any]:
     return {
         "equal": equal,
         "runs": found,
-        "settings": differing([_settings(record.config) for record in runs]),
-        "machine": differing([{key: machine.get(key) for key in _OF_A_MACHINE} for machine in machines]),
+        "settings": _differing([_settings(record.config) for record in runs]),
+        "machine": _differing([{key: machine.get(key) for key in _OF_A_MACHINE} for machine in machines]),
     }
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """The name of each folder, with as many of those above it as tell it from the others.
-
-    Args:
-        paths: absolute, all different.
-    """
-
-    def ends_like_another(path: Path, length: int) -> bool:
-        return any(other.parts[-length:] == path.parts[-length:] for other in paths if other != path)
-
-    lengths = [next(length for length in count(1) if not ends_like_another(path, length)) for path in paths]
-    return [str(Path(*path.parts[-length:])) for path, length in zip(paths, lengths, strict=True)]
+    """Names of different absolute paths: each one below the nearest folder that holds all of them."""
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(shared)) for path in paths]
 
 
-def held_out_curve(record: RunRecord) -> dict[str, list[Any]]:
-    """Held-out loss by tokens and by seconds of training, from the start at 0 tokens and 0 seconds on.
-
-    Returns:
-        `{tokens, seconds, loss}`, equally long; tokens rise.
-    """
-    start = record.evaluation.models["start"]
+def _held_out_curve(record: RunRecord) -> dict[str, list[Any]]:
+    """Held-out loss by tokens and by seconds of training, from the start at 0 tokens and 0 seconds on."""
     evaluated = zip(record.steps, accumulate(step.seconds for step in record.steps), strict=True)
-    points = [(0, 0.0, start.loss)]
+    points = [(0, 0.0, record.evaluation.models["start"].loss)]
     points += [(step.tokens, seconds, step.eval_loss) for step, seconds in evaluated if step.eval_loss is not None]
     tokens, seconds, losses = (list(values) for values in zip(*points, strict=True))
     return {"tokens": tokens, "seconds": seconds, "loss": losses}
 
 
-def differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _differing(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The keys whose values are not the same in all mappings, a value from each; None where one has no such key."""
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key) for each in settings] for key in keys}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def check_same_data(runs: Sequence[RunRecord]) -> None:
+def _check_same_data(runs: Sequence[RunRecord]) -> None:
     """Refuse runs whose held-out losses cannot be compared.
 
     A run reads as much training text as it has steps for, so the shorter text must be the beginning of the longer one.
-
-    Raises:
-        RequestError: tokenizers, sequence lengths, held-out tokens or training tokens differ.
     """
     files = [read_token_file(record.path) for record in runs]
     for record, file in zip(runs[1:], files[1:], strict=True):
-        _check_held_out(runs[0], files[0], record, file)
-    longest, longest_file = max(zip(runs, files, strict=True), key=lambda pair: pair[1].train.shape[0])
+        _check_held_out(f"{runs[0].path} and {record.path}", files[0], file)
+    longest = max(range(len(runs)), key=lambda number: files[number].train.shape[0])
     for record, file in zip(runs, files, strict=True):
-        _check_training(longest, longest_file, record, file)
+        _check_training(runs[longest], files[longest], record, file)
 
 
-def _check_held_out(first: RunRecord, first_file: TokenFile, record: RunRecord, file: TokenFile) -> None:
-    pair = f"{first.path} and {record.path}"
-    if file.tokenizer != first_file.tokenizer:
+def _check_held_out(pair: str, first: TokenFile, other: TokenFile) -> None:
+    if other.tokenizer != first.tokenizer:
         raise RequestError(
             f"{pair} have different tokenizers, so a token of one is not a token of the other. "
             "Compare runs with one tokenizer."
         )
-    if file.sequence_length != first_file.sequence_length:
+    if other.sequence_length != first.sequence_length:
         raise RequestError(
-            f"{pair} have sequences of {first_file.sequence_length} and {file.sequence_length} tokens, so their "
+            f"{pair} have sequences of {first.sequence_length} and {other.sequence_length} tokens, so their "
             "held-out losses are over different contexts. Compare runs with one sequence_length."
         )
-    sizes = [each.validation.shape[0] for each in (first_file, file)]
-    hashes = [
-        sequences_fingerprint(each.validation, size) for each, size in zip((first_file, file), sizes, strict=True)
-    ]
-    if sizes[0] == sizes[1] and hashes[0] == hashes[1]:
-        return
-    tokens = [f"{size * file.sequence_length:,}" for size in sizes]
-    found = f"{tokens[0]} and {tokens[1]} tokens" if sizes[0] != sizes[1] else f"different text of {tokens[0]} tokens"
-    remedy = "Compare runs with one data.validation and one eval_tokens"
-    if any(each.config.data.validation is None for each in (first, record)):
-        remedy = "Set data.validation: without it the end of what is trained on is held out, which depends on max_steps"
-    raise RequestError(f"{pair} hold out {found}. {remedy}.")
+    sizes = [file.validation.shape[0] for file in (first, other)]
+    if sequences_fingerprint(first.validation, sizes[0]) != sequences_fingerprint(other.validation, sizes[1]):
+        tokens = " and ".join(f"{size * first.sequence_length:,}" for size in sizes)
+        raise RequestError(
+            f"{pair} hold out different text, of {tokens} tokens. Compare runs with one data.validation and "
+            "one eval_tokens: without data.validation the end of what is trained on is held out, which depends on "
+            "max_steps."
+        )
 
 
 def _check_training(longest: RunRecord, longest_file: TokenFile, record: RunRecord, file: TokenFile) -> None:
     """Compare a run with the one of the longest text; one that repeated a shorter text might have gone on in it."""
-    size, pair = file.train.shape[0], f"{longest.path} and {record.path}"
+    size, remedy = file.train.shape[0], "trained on different text. Compare runs with one data.train."
     if sequences_fingerprint(file.train, size) != sequences_fingerprint(longest_file.train, size):
-        raise RequestError(f"{pair} were trained on different text. Compare runs with one data.train.")
+        raise RequestError(f"{longest.path} and {record.path} were {remedy}")
     tokens, most = (each.train.shape[0] * each.sequence_length for each in (file, longest_file))
     if record.steps[-1].tokens > tokens < most:
         raise RequestError(
             f"{record.path} repeated its {tokens:,} tokens of training text, {longest.path} had {most:,}, so they were "
-            "trained on different text. Compare runs with one data.train."
+            f"{remedy}"
         )
     if tokens < most:
         console.warn(
@@ -176,11 +157,7 @@ def _check_training(longest: RunRecord, longest_file: TokenFile, record: RunReco
 
 
 def _read_finished(path: Path) -> RunRecord:
-    """A run whose curve is complete and whole.
-
-    Raises:
-        RequestError: the folder is no run, the run is not finished, or a file is broken.
-    """
+    """The record of a run that is finished, and whose curve is whole."""
     record, folder = RunRecord.read(path), RunFolder(path)
     go_on = f"Go on with: pcscale compress {folder.settings} --resume"
     done = record.steps[-1].step if record.steps else 0
@@ -189,21 +166,16 @@ def _read_finished(path: Path) -> RunRecord:
     missing = [name for name in ("base", "start", "compressed") if name not in record.evaluation.models]
     if missing:
         raise RequestError(f"{path} is not finished: {folder.evaluation.name} has no '{missing[0]}'. {go_on}")
-    tokens = [0, *(step.tokens for step in record.steps)]
-    for number, (step, (before, after)) in enumerate(zip(record.steps, pairwise(tokens), strict=True), start=1):
-        if step.step != number or after <= before:
-            found = f"step {step.step}, {step.tokens} tokens"
-            raise RequestError(
-                f"{folder.metrics} line {number} does not follow the one before ({found}). Restore the file."
-            )
+    for number, step in enumerate(record.steps, start=1):
+        if step.step != number:
+            raise RequestError(f"{folder.metrics} line {number} is of step {step.step}. Restore the file.")
     if record.steps[-1].eval_loss is None:
         raise RequestError(f"{folder.metrics} has no eval_loss in its last line. {go_on} max_steps={done + 1}")
     return record
 
 
 def _describe(label: str, record: RunRecord, curve: dict[str, list[Any]], equal: dict[str, Any]) -> dict[str, Any]:
-    models = record.evaluation.models
-    peaks = [vars(phase.peak) for phase in record.usage.phases.values()] if record.usage else []
+    models, phases = record.evaluation.models, summary.phases(record)
     return {
         "label": label,
         "run": str(record.path),
@@ -215,7 +187,7 @@ def _describe(label: str, record: RunRecord, curve: dict[str, list[Any]], equal:
         "tokens": record.steps[-1].tokens,
         "seconds": sum(step.seconds for step in record.steps),
         "peak": {
-            f"{memory}_bytes": max((peak[memory] for peak in peaks if peak[memory] is not None), default=None)
+            f"{memory}_bytes": summary.highest(phases, memory)["measured_bytes"]
             for memory in ("host_anonymous", "device")
         },
         "loss": {

@@ -1,21 +1,17 @@
-"""Looks of all plots: colours, style, texts beside bars; drawn without pyplot."""
+"""Looks of all plots: colours, style, units; drawn without pyplot."""
 
 import io
 import warnings
-from collections.abc import Sequence
-from typing import Any
 
 from cycler import cycler
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
 GIB = 2**30
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1F2937")
 """Okabe and Ito's, told apart with any colour vision, and ink."""
-BLUE, VERMILLION, GREEN, PINK, AMBER, SKY, INK = COLOURS
-GREY, PALE = "#6B7280", "#CBD5E1"
+BLUE, VERMILLION, *_, INK = COLOURS
+GREY = "#6B7280"
 LINES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker=list("osD^vPX")))
 """Colour and marker change from line to line, the style of the line when all colours are used."""
 styled = rc_context(
@@ -41,19 +37,6 @@ styled = rc_context(
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure. Units: inches; 10.4 is the width of the page."""
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def draw_bars(axes: Axes, places: ArrayLike, lengths: ArrayLike, texts: Sequence[str], **look: Any) -> None:
-    """Horizontal bars with a text beside each."""
-    axes.bar_label(axes.barh(places, lengths, **look), texts, padding=4, fontsize=8)
-
-
-def finish_bars(axes: Axes, title: str, unit: str, names: Sequence[str]) -> None:
-    """Name horizontal bars, the first one at the top, with room for the texts beside them."""
-    axes.set(title=title, xlabel=unit, yticks=range(len(names)), yticklabels=names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, (axes.dataLim.x1 or 1.0) * (1.4 if names else 1.15))
-    axes.grid(visible=False, axis="y")
 
 
 def time_unit(longest_seconds: float) -> tuple[float, str]:

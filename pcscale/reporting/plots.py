@@ -9,24 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
 from pcscale.common.units import format_bytes
-from pcscale.reporting import drawing, side_by_side
-from pcscale.reporting.drawing import BLUE, COLOURS, GIB, GREY, INK, LINES, VERMILLION, new_figure, styled
+from pcscale.reporting import drawing, summary
+from pcscale.reporting.drawing import BLUE, GIB, GREY, INK, LINES, VERMILLION, new_figure, styled
 from pcscale.reporting.memory_plot import plot_memory_over_time
-from pcscale.reporting.table import MEMORIES, format_percent
+from pcscale.reporting.table import format_percent
 from pcscale.run.record import RunRecord
 
 MARKERS = 40
 """Markers on a line, at most."""
 LABEL_LETTERS = 60
-STEP_PARTS = {
-    "teach": drawing.GREEN,
-    "forward": drawing.SKY,
-    "backward": BLUE,
-    "forward and backward": "#2B93CE",
-    "sweep": VERMILLION,
-    "motion not hidden": drawing.AMBER,
-}
-"""Colours. Evaluations and checkpoints are beside the steps, not in them."""
 
 
 def plot_loss(record: RunRecord) -> Figure:
@@ -72,32 +63,13 @@ def plot_tokens_per_second(record: RunRecord) -> Figure:
 
 def plot_memory_by_component(record: RunRecord) -> Figure | None:
     """Each part of memory at its own highest while training, predicted above measured."""
-    training = side_by_side.phases(record).get("train")
+    training = summary.phases(record).get("train")
     return _pairs("Parts of memory while training", training["components"] if training else {})
-
-
-def plot_step_time(record: RunRecord) -> Figure | None:
-    """The seconds of a step by its parts, predicted above measured."""
-    seconds = side_by_side.step_seconds(record)
-    bars = {kind: [(parts or {}).get(name, 0.0) for name in STEP_PARTS] for kind, parts in seconds.items()}
-    bars = {kind: parts for kind, parts in bars.items() if any(parts)}
-    if not bars:
-        return None
-    figure = new_figure(5.4, 1.6 + 0.45 * len(bars))
-    axes, places, left = figure.add_subplot(), range(len(bars)), np.zeros(len(bars))
-    for (name, colour), lengths in zip(STEP_PARTS.items(), np.transpose(list(bars.values())), strict=True):
-        if lengths.any():
-            axes.barh(places, lengths, 0.62, left=left, label=name, color=colour)
-            left += lengths
-    drawing.draw_bars(axes, places, left, [f"{total:.3g} s" for total in left], color="none")
-    drawing.finish_bars(axes, "Seconds of a step", "seconds", list(bars))
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
 
 
 def plot_bytes_per_step(record: RunRecord) -> Figure | None:
     """Bytes that a step moves, writes and communicates, predicted above measured."""
-    return _pairs("Bytes of a step", side_by_side.bytes_per_step(record))
+    return _pairs("Bytes of a step", summary.step_bytes(record))
 
 
 CURVES: dict[str, Callable[[RunRecord], Figure]] = {
@@ -110,7 +82,6 @@ PLOTS: dict[str, Callable[[RunRecord], Figure | None]] = {
     **CURVES,
     "memory_over_time": plot_memory_over_time,
     "memory_by_component": plot_memory_by_component,
-    "step_time": plot_step_time,
     "bytes_per_step": plot_bytes_per_step,
 }
 """Every plot by the name of its file; None: the run holds nothing to draw it from."""
@@ -125,14 +96,10 @@ def figures(record: RunRecord) -> dict[str, Figure]:
 
 @styled
 def plot_comparison(comparison: dict[str, Any]) -> Figure:
-    """Curves by tokens and by time above bars of peak memory; dotted lines are where all runs are compared."""
+    """Held-out loss of runs by tokens and by time; dotted lines are where all runs are compared."""
     runs, equal = comparison["runs"], comparison["equal"]
-    memories = [key for key in MEMORIES if any(run["peak"][f"{key}_bytes"] is not None for run in runs)]
-    heights = [3.6, 0.8 + 0.22 * len(runs)] if memories else [3.6]
-    figure = new_figure(10.4, sum(heights) + 0.2 * (len(runs) + 1))
-    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
-    by_tokens = figure.add_subplot(grid[0, 0])
-    by_time = figure.add_subplot(grid[0, 1], sharey=by_tokens)
+    figure = new_figure(10.4, 3.8 + 0.2 * len(runs))
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
     divisor, unit = drawing.time_unit(max(run["curve"]["seconds"][-1] for run in runs))
     for axes, axis, scale in ((by_tokens, "tokens", 1.0), (by_time, "seconds", divisor)):
         axes.set_prop_cycle(LINES)
@@ -145,15 +112,6 @@ def plot_comparison(comparison: dict[str, Any]) -> Figure:
     by_tokens.set(title="Held-out loss by tokens", xlabel="tokens trained on", ylabel="nats per token")
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_time.set(title="Held-out loss by time", xlabel=f"{unit} of training")
-    for position, key in enumerate(memories):
-        axes = figure.add_subplot(grid[1, :] if len(memories) == 1 else grid[1, position])
-        peaks = [run["peak"][f"{key}_bytes"] for run in runs]
-        texts = ["not measured" if peak is None else format_bytes(peak) for peak in peaks]
-        colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
-        drawing.draw_bars(
-            axes, range(len(runs)), [(peak or 0) / GIB for peak in peaks], texts, height=0.62, color=colours
-        )
-        drawing.finish_bars(axes, f"Peak {MEMORIES[key]}", "GiB", [])
     figure.legend(*by_tokens.get_legend_handles_labels(), loc="outside upper left")
     return figure
 
@@ -173,20 +131,18 @@ def _curve(
 
 def _pairs(title: str, pairs: dict[str, dict[str, Any]]) -> Figure | None:
     """Two bars a row, predicted above measured; None: there is no row."""
-    kinds: dict[str, dict[str, Any]] = {
-        "predicted": {"facecolor": drawing.PALE, "hatch": "////"},
-        "measured": {"facecolor": BLUE},
-    }
-    pairs = {name: pair for name, pair in pairs.items() if any(pair[f"{kind}_bytes"] for kind in kinds)}
+    pairs = {name: pair for name, pair in pairs.items() if pair["predicted_bytes"] or pair["measured_bytes"]}
     if not pairs:
         return None
     figure = new_figure(5.4, 1.3 + 0.48 * len(pairs))
-    axes = figure.add_subplot()
-    for (kind, look), offset in zip(kinds.items(), (-0.19, 0.19), strict=True):
+    axes = figure.add_subplot(title=title, xlabel="GiB", yticks=range(len(pairs)), yticklabels=list(pairs))
+    for kind, offset, colour, hatch in (("predicted", -0.19, "#CBD5E1", "////"), ("measured", 0.19, BLUE, None)):
         sizes = [(pair[f"{kind}_bytes"] or 0) / GIB for pair in pairs.values()]
-        texts = [_bar_text(pair, kind) for pair in pairs.values()]
-        drawing.draw_bars(axes, np.arange(len(pairs)) + offset, sizes, texts, height=0.36, label=kind, **look)
-    drawing.finish_bars(axes, title, "GiB", list(pairs))
+        bars = axes.barh(np.arange(len(pairs)) + offset, sizes, 0.36, label=kind, facecolor=colour, hatch=hatch)
+        axes.bar_label(bars, [_bar_text(pair, kind) for pair in pairs.values()], padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.4 * axes.dataLim.x1)  # Room for the texts.
+    axes.grid(visible=False, axis="y")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -196,7 +152,7 @@ def _bar_text(pair: dict[str, Any], kind: str) -> str:
     size_bytes = pair[f"{kind}_bytes"]
     if size_bytes is None:
         return f"not {kind}"
-    change = side_by_side.difference(pair["predicted_bytes"], size_bytes) if kind == "measured" else None
+    change = summary.difference(pair["predicted_bytes"], size_bytes) if kind == "measured" else None
     return format_bytes(size_bytes) + ("" if change is None else f", {format_percent(change)}")
 
 

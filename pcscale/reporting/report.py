@@ -1,14 +1,18 @@
-"""report.html, report.json and plots of a run, written into its folder."""
+"""report.html, report.json and plots of a run. The page is one file without scripts that refers to nothing outside."""
 
-from dataclasses import asdict
+import base64
+import inspect
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from pcscale.common.files import readable_os_errors, write_bytes, write_json, write_text
-from pcscale.reporting import side_by_side
+from pcscale.common.units import format_bytes, format_count, format_seconds, short_name
+from pcscale.reporting import table
 from pcscale.reporting.drawing import png
-from pcscale.reporting.page import render_page
-from pcscale.reporting.plots import PLOTS, figures
+from pcscale.reporting.plots import CURVES, PLOTS, figures
+from pcscale.reporting.summary import difference, summarize
 from pcscale.run.folder import RunFolder
 from pcscale.run.record import RunRecord
 
@@ -25,54 +29,49 @@ def write_report(run: Path) -> dict[str, Any]:
     record, folder = RunRecord.read(run), RunFolder(run)
     report = summarize(record)
     images = {name: png(figure) for name, figure in figures(record).items()}
+    with readable_os_errors(folder.plots):
+        folder.plots.mkdir(exist_ok=True)
     for name in PLOTS:
         path = folder.plots / f"{name}.png"
-        with readable_os_errors(path):
-            if name in images:
-                path.parent.mkdir(exist_ok=True)
-                write_bytes(path, images[name])
-            else:
-                path.unlink(missing_ok=True)
-    write_text(folder.page, render_page(record, report, images))
+        if name in images:
+            write_bytes(path, images[name])
+        else:
+            path.unlink(missing_ok=True)
+    write_text(folder.page, _render_page(record, report, images))
     write_json(folder.report, report)
     return report
 
 
-def summarize(record: RunRecord) -> dict[str, Any]:
-    """The figures of a run, predicted beside measured; None where the run has not got there."""
-    phases = side_by_side.phases(record)
-    step_bytes = side_by_side.bytes_per_step(record)
-    on_device = any(phase["device"] for phase in phases.values())
-    evaluation = asdict(record.evaluation)
-    return {
-        "run": str(record.path),
-        "plan": record.plan,
-        "evaluation": {key: evaluation[key] for key in ("base", "start", "compressed")},
-        "peak": {
-            "host_anonymous": side_by_side.highest(phases, "host_anonymous"),
-            "device": side_by_side.highest(phases, "device") if on_device else None,
-        },
-        "phases": phases,
-        "written_bytes_per_step": step_bytes["written"],
-        "communicated_bytes_per_step": step_bytes["communicated"],
-        "alternatives": side_by_side.alternatives(record),
-        "devices": (record.plan or {}).get("devices"),
-        "limits": asdict(record.usage.limits) if record.usage else None,
-        "step_seconds": side_by_side.step_seconds(record),
-        "training": _training(record, step_bytes["moved"]),
-        "merge": record.merge,
+def _render_page(record: RunRecord, report: dict[str, Any], images: dict[str, bytes]) -> str:
+    """The whole of report.html, from `report.html.j2`."""
+    environment = Environment(
+        loader=PackageLoader("pcscale.reporting", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": format_bytes,
+        "count": format_count,
+        "seconds": format_seconds,
+        "number": "{:,}".format,
+        "short": "{:.3f}".format,
+        "signed": table.format_difference,
+        "percent": table.format_percent,
     }
-
-
-def _training(record: RunRecord, moved: dict[str, Any]) -> dict[str, Any]:
-    steps = record.steps
-    return {
-        "steps": len(steps),
-        "tokens": steps[-1].tokens if steps else 0,
-        "seconds": sum(step.seconds for step in steps),
-        "final_loss": next((step.loss for step in reversed(steps) if step.loss is not None), None),
-        "best_eval_loss": min((step.eval_loss for step in steps if step.eval_loss is not None), default=None),
-        "skipped_steps": sum(step.skipped for step in steps),
-        "moved_bytes_per_step": moved["measured_bytes"],
-        "least_moved_bytes_per_step": moved["predicted_bytes"],
-    }
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        plan=record.plan,
+        report=report,
+        training=report["training"],
+        base=short_name(record.plan["base"]["name"] if record.plan else record.config.base),
+        losses={name: model.loss for name, model in record.evaluation.models.items()},
+        comparison=table.comparison_rows(report["evaluation"]),
+        difference=difference,
+        plots={name: base64.b64encode(image).decode() for name, image in images.items()},
+        captions={name: inspect.getdoc(plot) for name, plot in PLOTS.items()},
+        curves=[name for name in CURVES if name in images],
+        tables=table.memory_tables(report),
+        planned=table.plan_rows(record.plan) if record.plan else None,
+    )

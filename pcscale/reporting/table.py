@@ -4,23 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 from pcscale.common.units import format_bytes, format_count, format_seconds
-from pcscale.reporting.side_by_side import difference, position
+from pcscale.reporting.summary import difference, stack_order
 
 Table = tuple[list[str], list[list[str]]]
 
 ABSENT = "–"
 MEMORIES = {"host_anonymous": "host memory", "device": "device memory"}
 """Names of the measured peaks."""
-SWEEP_PARTS = ("sweep", "motion not hidden")
-"""Parts of a predicted step that are measured together."""
 
 
 def comparison_rows(evaluation: dict[str, Any]) -> Table:
-    """The base, the start and the compressed model beside each other.
-
-    Args:
-        evaluation: results by model; one that is absent has no row, and without the base nothing is relative to it.
-    """
+    """The base, the start and the compressed model, as far as there are results; without the base none is relative."""
     columns = ["model", "params", "share", "loss", "vs base", "perplexity", "bits/byte", "tok/s"]
     base = evaluation.get("base")
     rows = []
@@ -35,11 +29,7 @@ def comparison_rows(evaluation: dict[str, Any]) -> Table:
 
 
 def task_rows(evaluation: dict[str, Any]) -> Table:
-    """Downstream tasks: every metric of each with its standard error, and their mean.
-
-    Args:
-        evaluation: `compressed`, and `base` where there is one, each with `tasks` and `mean_accuracy`.
-    """
+    """Downstream tasks of the compressed model and the base: each metric with its standard error, and the mean."""
     columns = ["task", "metric", "compressed", "±", "base", "±", "vs base", "samples"]
     results, base = evaluation["compressed"], evaluation.get("base")
     rows = []
@@ -73,11 +63,7 @@ def plan_rows(plan: dict[str, Any]) -> Table:
 
 
 def memory_tables(report: dict[str, Any]) -> dict[str, Table]:
-    """Every table of a run's memory by its title; a table without a row is left out.
-
-    Args:
-        report: the contents of report.json.
-    """
+    """Every table of report.json's memory, bytes and seconds by its title; a table without a row is left out."""
     stages = report["phases"].get("train", {}).get("stages", {})
     tables = {"Peak of each phase": phase_rows(report["phases"])}
     tables |= {f"Parts of {name}": component_rows(report, name) for name in report["phases"]}
@@ -93,12 +79,7 @@ def memory_tables(report: dict[str, Any]) -> dict[str, Table]:
 
 
 def phase_rows(phases: dict[str, Any], kind: str = "phase") -> Table:
-    """Time and peak memory, predicted beside measured; device columns appear where one was used.
-
-    Args:
-        phases: `phases` of report.json, or `stages` of one of them.
-        kind: heading of the first column.
-    """
+    """Time and peak memory of phases, or of the stages of one; a device has columns where one was used."""
     memories = [key for key in MEMORIES if key != "device" or any(phase["device"] for phase in phases.values())]
     columns = [kind, "time"]
     for key in memories:
@@ -113,11 +94,7 @@ def phase_rows(phases: dict[str, Any], kind: str = "phase") -> Table:
 
 def component_rows(report: dict[str, Any], phase: str) -> Table:
     """Each part of a phase's memory at its own highest, and what lies in files instead."""
-    rows = [
-        [name, part["home"], *_pair_cells(part)]
-        for name, part in report["phases"][phase]["components"].items()
-        if part["predicted_bytes"] or part["measured_bytes"]
-    ]
+    rows = [[name, part["home"], *_pair_cells(part)] for name, part in report["phases"][phase]["components"].items()]
     planned = (report["plan"] or {"phases": {}})["phases"].get(phase, {}).get("components", {})
     rows += [
         [name, "files", ABSENT, format_bytes(part["bytes"]), ABSENT]
@@ -131,12 +108,9 @@ def stage_component_rows(stages: dict[str, Any]) -> Table:
     """Parts by stages, in GiB: measured / predicted. A stage that nothing is known of has no column."""
     shown = {name: stage["components"] for name, stage in stages.items() if stage["components"]}
     rows = []
-    for name in sorted({name for parts in shown.values() for name in parts}, key=position):
-        pairs = [parts.get(name, {}) for parts in shown.values()]
-        sizes = [[pair.get(key) for key in ("measured_bytes", "predicted_bytes")] for pair in pairs]
-        if any(map(any, sizes)):
-            cells = [" / ".join(_cell(size, _gibibytes) for size in pair) if any(pair) else ABSENT for pair in sizes]
-            rows.append([name, next(pair["home"] for pair in pairs if pair), *cells])
+    for name in sorted({name for parts in shown.values() for name in parts}, key=stack_order):
+        pairs = [parts.get(name) for parts in shown.values()]
+        rows.append([name, next(pair["home"] for pair in pairs if pair), *map(_gibibytes, pairs)])
     return ["part", "home", *shown], rows
 
 
@@ -147,59 +121,33 @@ def alternative_rows(alternatives: dict[str, Any] | None) -> Table:
     unit = this.get("measured_bytes") or this.get("bytes")
     rows = []
     for way, need in (alternatives or {}).items():
-        sizes = [(need["bytes"], "predicted", need["of"])]
-        if need["measured_bytes"] is not None:
-            sizes.append((need["measured_bytes"], "measured", "all of it, at its peak"))
-        for size_bytes, kind, of in sizes:
-            rows.append([way, format_bytes(size_bytes), kind, f"{size_bytes / unit:.2f} ×" if unit else ABSENT, of])
+        measured = ("measured", need["measured_bytes"], "all of it, at its peak")
+        for kind, num_bytes, of in (("predicted", need["bytes"], need["of"]), measured):
+            if num_bytes is not None:
+                rows.append([way, format_bytes(num_bytes), kind, f"{num_bytes / unit:.2f} ×" if unit else ABSENT, of])
     return columns, rows
 
 
 def device_rows(devices: list[dict[str, Any]] | None) -> Table:
-    """Whether the run fits devices of usual sizes, and what would have to change."""
+    """Devices of usual sizes, whether the run fits them, and what would have to change."""
     rows = []
     for device in devices or []:
         cells = ["after a change", device["change"]] if device["change"] else ["as it is", "nothing"]
-        num_bytes = device["device_bytes"]
-        size = f"{num_bytes // 10**9} GB" if num_bytes % 10**9 == 0 else format_bytes(num_bytes)
-        rows.append([size, *(cells if device["fits"] else ["no", "no setting makes it fit"])])
+        cells = cells if device["fits"] else ["no", "no setting makes it fit"]
+        rows.append([f"{device['device_bytes'] // 10**9} GB", *cells])
     return ["device memory", "fits", "what would have to change"], rows
 
 
 def byte_rows(report: dict[str, Any]) -> Table:
     """Bytes that a step moves, writes and communicates; a kind that nobody predicted or measured has no row."""
-    training = report["training"]
-    kinds = {
-        "moved": {
-            "predicted_bytes": training["least_moved_bytes_per_step"] or None,
-            "measured_bytes": training["moved_bytes_per_step"],
-        },
-        "written, with checkpoints": report["written_bytes_per_step"],
-        "communicated": report["communicated_bytes_per_step"],
-    }
-    rows = [[name, *_pair_cells(pair)] for name, pair in kinds.items() if any(pair.values())]
+    rows = [[kind, *_pair_cells(pair)] for kind, pair in report["step_bytes"].items() if any(pair.values())]
     return ["bytes of a step", "measured", "predicted", "difference"], rows
 
 
 def step_time_rows(report: dict[str, Any]) -> Table:
-    """The time of a step by its parts; the sweep's motion is measured with it."""
-    predicted, measured = report["step_seconds"]["predicted"] or {}, report["step_seconds"]["measured"]
-    steps, seconds = report["training"]["steps"], report["training"]["seconds"]
-    swept = [name for name in SWEEP_PARTS if predicted.get(name)]
-    passes = [measured[name] for name in ("forward", "backward") if name in measured]
-    pairs = {
-        "forward and backward": (sum(passes) if passes else None, predicted.get("forward and backward")),
-        " + ".join(swept or ["sweep"]): (measured.get("sweep"), sum(map(predicted.get, swept)) if swept else None),
-        "step": (seconds / steps if steps else None, predicted.get("total")),
-        "evaluations, shared out": (measured.get("evaluate"), None),
-        "checkpoints, shared out": (measured.get("checkpoint"), None),
-    }
-    rows = [
-        [name, _cell(value, _seconds), _cell(expected, _seconds), format_percent(difference(expected, value))]
-        for name, (value, expected) in pairs.items()
-        if expected is not None or value is not None
-    ]
-    return ["seconds of a step", "measured", "predicted", "difference"], rows if predicted or measured else []
+    """Measured seconds of a step by stage."""
+    rows = [[stage, _duration(seconds)] for stage, seconds in report["step_seconds"]["measured"].items()]
+    return ["seconds of a step", "measured"], rows
 
 
 def run_rows(comparison: dict[str, Any]) -> Table:
@@ -218,39 +166,31 @@ def run_rows(comparison: dict[str, Any]) -> Table:
 
 def loss_rows(comparison: dict[str, Any]) -> Table:
     """Held-out losses of the runs of a comparison, and their differences from the first run's."""
-    equal = comparison["equal"]
-    headings = {
-        "final": "final",
-        "at_equal_tokens": f"at {equal['tokens']:,} tokens",
-        "at_equal_seconds": f"at {_duration(equal['seconds'])}",
-    }
-    columns = ["run", "base", "start"]
-    for heading in headings.values():
-        columns += [heading, "vs first"]
+    tokens, seconds = f"at {comparison['equal']['tokens']:,} tokens", f"at {_duration(comparison['equal']['seconds'])}"
+    columns = ["run", "base", "start", "final", "vs first", tokens, "vs first", seconds, "vs first"]
     rows = []
     for run in comparison["runs"]:
         rows.append([run["label"], *(f"{run['loss'][key]:.4f}" for key in ("base", "start"))])
-        for key in headings:
-            rows[-1] += [f"{run['loss'][key]:.4f}", format_difference(run["difference"][key])]
+        for key, nats in run["difference"].items():
+            rows[-1] += [f"{run['loss'][key]:.4f}", format_difference(nats)]
     return columns, rows
 
 
 def difference_rows(comparison: dict[str, Any]) -> Table:
     """Settings and machines that differ; a column for each run of a comparison."""
     machine = {f"machine: {key}": found for key, found in comparison["machine"].items()}
-    rows = [
-        [key, *(_cell(value, _setting) for value in found)] for key, found in (comparison["settings"] | machine).items()
-    ]
+    differing = comparison["settings"] | machine
+    rows = [[key, *(_cell(value, _setting) for value in found)] for key, found in differing.items()]
     return ["setting", *(run["label"] for run in comparison["runs"])], rows
 
 
 def format_difference(nats: float) -> str:
-    """Signed, so that a worse model never looks like a better one."""
+    """Write a difference of losses with its sign, so that a worse model never looks like a better one."""
     return f"{nats:+.4f}"
 
 
 def format_percent(fraction: float | None) -> str:
-    """Signed; None: there is nothing to compare."""
+    """Write a fraction as signed per cent; None: there is nothing to compare."""
     return ABSENT if fraction is None else f"{round(fraction, 3) + 0.0:+.1%}"
 
 
@@ -265,16 +205,13 @@ def _cell(value: Any, form: Callable[[Any], str]) -> str:
     return ABSENT if value is None else form(value)
 
 
-def _gibibytes(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.2f}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+def _gibibytes(pair: dict[str, Any] | None) -> str:
+    sizes = (pair[key] for key in ("measured_bytes", "predicted_bytes")) if pair else ()
+    return " / ".join(_cell(size, lambda num_bytes: f"{num_bytes / 2**30:.2f}") for size in sizes) or ABSENT
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else format_seconds(seconds)
+    return f"{seconds:.3g} s" if seconds < 60 else format_seconds(seconds)
 
 
 def _setting(value: Any) -> str:

@@ -20,16 +20,13 @@ _OBJECTS = ("dataclass_type", "dict_type")
 Value = TypeVar("Value")
 
 
-def read_document(path: Path, kind: type[Value], remedy: str = RESTORE) -> Value:
-    """The JSON document in a file.
-
-    Args:
-        kind: a dataclass.
+def read_document(path: Path, kind: type[Value], remedy: str = RESTORE) -> Value | None:
+    """The JSON document in a file, as `kind`; None: there is no file.
 
     Raises:
-        RequestError: the file is absent, is not JSON, or holds something else.
+        RequestError: the file is not JSON, or holds something else.
     """
-    return checked(read_json(path), kind, str(path), remedy)
+    return checked(read_json(path), kind, str(path), remedy) if path.exists() else None
 
 
 def write_document(path: Path, value: Any) -> None:

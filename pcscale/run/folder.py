@@ -66,8 +66,18 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is work that a new run would lose; settings, plan and tokens are made again in no time."""
+        """True where there is work that a new run would lose; settings, plan and tokens are made again in no time."""
         return any(path.exists() for path in (self.scores, self.metrics, self.checkpoints))
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the folder of a run that begins or goes on, clear what an interrupted one left, and write run.yaml."""
+        with readable_os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in list(self.path.rglob(f"{TEMPORARY_PREFIX}*")):
+                # An interrupted merge goes on from its staging folder; everything else is written anew.
+                if leftover != temporary_beside(self.merged) and self.merged not in leftover.parents:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        write_text(self.settings, dump_run_config(config))
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after a step."""
@@ -117,27 +127,13 @@ class RunFolder:
             shutil.rmtree(doomed)
 
 
-def begin_folder(config: RunConfig, resume: bool) -> RunFolder:
-    """Make the folder of a run that begins or goes on, and write run.yaml into it.
+def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
+    """Refuse an output that this run must not write into.
 
     Raises:
         RequestError: the folder holds something else, a run that `--resume` was not asked for, or a run with other
             settings.
     """
-    folder = RunFolder(Path(config.output).expanduser())
-    check_output(folder, config, resume)
-    with readable_os_errors(folder.path):
-        folder.path.mkdir(parents=True, exist_ok=True)
-        for leftover in list(folder.path.rglob(f"{TEMPORARY_PREFIX}*")):
-            # An interrupted merge goes on from its staging folder; everything else is written anew.
-            if leftover != temporary_beside(folder.merged) and folder.merged not in leftover.parents:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-    write_text(folder.settings, dump_run_config(config))
-    return folder
-
-
-def check_output(folder: RunFolder, config: RunConfig, resume: bool) -> None:
-    """Refuse an output that this run must not write into; nothing is changed."""
     path = folder.path
     if path.exists() and not path.is_dir():
         raise RequestError(f"{path} is a file. Name a new folder as output.")

@@ -9,7 +9,7 @@ from pydantic import Field
 from pcscale.common.errors import RequestError
 from pcscale.config.load import load_run_config
 from pcscale.config.schema import RunConfig
-from pcscale.run.documents import RESTORE, Count, Number, Seconds, Value, read_document
+from pcscale.run.documents import RESTORE, Count, Number, Seconds, read_document
 from pcscale.run.folder import RunFolder
 from pcscale.run.metrics import MetricsRow, read_metrics
 
@@ -22,14 +22,13 @@ MERGE_KEYS = ("bytes_written", "shards", "checkpoint")
 
 @dataclass(frozen=True)
 class ModelResult:
-    """How well a model predicts held-out text.
+    """Held-out results of a model.
 
     Attributes:
         loss: mean next-token loss. Units: nats a token.
         bits_per_byte: total loss over the text's UTF-8 bytes. Units: bits a byte.
         tokens: tokens that were predicted.
         parameters: the model's size, tied embeddings counted once.
-        tokens_per_second: speed of this evaluation.
     """
 
     loss: Number
@@ -181,40 +180,32 @@ class RunRecord:
             RequestError: the folder is absent, is no run folder, or a file in it is broken.
         """
         folder = RunFolder(path)
-        _check_folder(folder)
-        memory = _read_part(folder.memory, MemorySamples, "Restore or remove the file: a report does without it.")
+        if not path.is_dir():
+            raise RequestError(f"{path} is not a folder. Name the output folder of a run.")
+        for file in (folder.settings, folder.metrics):
+            if not file.is_file():
+                raise RequestError(
+                    f"{path} is not a run folder: it has no {file.name}, expected run.yaml and metrics.jsonl. "
+                    "Name the output folder of a run whose training has begun."
+                )
+        memory = read_document(folder.memory, MemorySamples, "Restore or remove the file: a report does without it.")
         return cls(
             path=path,
             config=load_run_config(folder.settings),
             settings_text=folder.settings.read_text(encoding="utf-8"),
             steps=read_metrics(folder.metrics),
             plan=_read_keys(folder.plan, PLAN_KEYS),
-            evaluation=_read_part(folder.evaluation, Evaluation) or Evaluation(),
+            evaluation=read_document(folder.evaluation, Evaluation) or Evaluation(),
             merge=_read_keys(folder.merge_result, MERGE_KEYS),
-            usage=_read_part(folder.usage, RunUsage),
+            usage=read_document(folder.usage, RunUsage),
             samples=memory.samples if memory else [],
         )
 
 
-def _check_folder(folder: RunFolder) -> None:
-    if not folder.path.is_dir():
-        raise RequestError(f"{folder.path} is not a folder. Name the output folder of a run.")
-    for path in (folder.settings, folder.metrics):
-        if not path.is_file():
-            raise RequestError(
-                f"{folder.path} is not a run folder: it has no {path.name}, expected run.yaml and metrics.jsonl. "
-                "Name the output folder of a run whose training has begun."
-            )
-
-
-def _read_part(path: Path, kind: type[Value], remedy: str = RESTORE) -> Value | None:
-    return read_document(path, kind, remedy) if path.exists() else None
-
-
 def _read_keys(path: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
     """A document that is kept as it is, with its keys checked."""
-    document = _read_part(path, dict[str, Any])
-    missing = [key for key in keys if key not in document] if document is not None else []
+    document = read_document(path, dict[str, Any])
+    missing = [key for key in keys if document is not None and key not in document]
     if missing:
         raise RequestError(f"{path} has no '{missing[0]}'. {RESTORE}")
     return document

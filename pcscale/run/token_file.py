@@ -1,11 +1,9 @@
-"""The header of a run's token file, which tells what two runs have in common. Needs no torch.
+"""The header of a run's token file: N train and M held-out sequences of T tokens. Needs no torch."""
 
-Shapes: N train sequences, M held-out sequences, T tokens in a sequence.
-"""
-
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pcscale.common.errors import RequestError
 from pcscale.storage.hashing import fingerprint
@@ -14,18 +12,12 @@ from pcscale.storage.index import TensorEntry, read_header
 TOKENS_NAME = "tokens.safetensors"
 TRAIN, VALIDATION = "train", "validation"
 KEY, TOKENIZER = "key", "tokenizer"
-"""Keys of its header beside the tensors: what they were made of, and whose ids they are, both as fingerprints."""
+"""Keys of the header beside the tensors: fingerprints of the text and settings, and of vocabulary and end token."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """The token file of a run.
-
-    Attributes:
-        train: int32 `[N, T]`.
-        validation: int32 `[M, T]`.
-        tokenizer: fingerprint of the vocabulary and the end of a document. With it and the ids the text is the same.
-    """
+    """The sequences of a run, int32 `[N, T]` and `[M, T]`, and a fingerprint of the tokenizer whose ids they are."""
 
     train: TensorEntry
     validation: TensorEntry
@@ -56,10 +48,4 @@ def read_token_file(run: Path) -> TokenFile:
 def sequences_fingerprint(entry: TensorEntry, count: int) -> str:
     """A fingerprint of the first `count` sequences of a tensor of the token file. Memory: file-backed."""
     num_bytes = entry.num_bytes * count // max(entry.shape[0], 1)
-    with (
-        entry.file.open("rb") as handle,
-        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        memoryview(data) as whole,
-        whole[entry.start : entry.start + num_bytes] as part,
-    ):
-        return fingerprint(part)
+    return fingerprint(np.memmap(entry.file, np.uint8, "r")[entry.start : entry.start + num_bytes].data)

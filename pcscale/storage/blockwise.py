@@ -21,22 +21,18 @@ from pcscale.common.sizes import QUANTISED_BLOCK
 
 _HALVES = 2**16
 _DECADES = 7
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """8-bit values.
+    """8-bit values."""
 
-    Attributes:
-        codes: uint8, contiguous.
-        absmax: float32, one for each 256 values of the flat codes.
-        signed: False: values are never negative, and none but those of an all-zero block is coded as zero. A second
-            moment of zero beside a first moment that is not would make AdamW's step as large as 1 / epsilon.
-    """
-
-    codes: torch.Tensor
-    absmax: torch.Tensor
+    codes: torch.Tensor  # uint8, contiguous
+    absmax: torch.Tensor  # float32, one for each 256 values of the flat codes
     signed: bool = True
+    """False: values are never negative, and none but those of an all-zero block is coded as zero. A second moment of
+    zero beside a first moment that is not would make AdamW's step as large as 1 / epsilon."""
 
     def part(self, start: int, stop: int) -> "Blockwise":
         """The values from `start`, a multiple of 256, to `stop` of the flat codes."""
@@ -49,7 +45,7 @@ class Blockwise:
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The values, in the shape of the codes, newly allocated."""
-        code = _code(self.signed, self.codes.device)
+        code = dynamic_code(self.signed, self.codes.device)
         # bitsandbytes reads the scales by address, whatever their strides are.
         return _operations().dequantize_blockwise(self.codes, self.absmax.contiguous(), code, QUANTISED_BLOCK, dtype)
 
@@ -62,7 +58,7 @@ class Blockwise:
 
     def encode_by_search(self, values: torch.Tensor) -> None:
         """Code float32 values by bitsandbytes' own search: slow on a processor, for values that are coded once."""
-        code = _code(self.signed, values.device)
+        code = dynamic_code(self.signed, values.device)
         codes, absmax = _operations().quantize_blockwise(values, code, QUANTISED_BLOCK)
         self.codes.copy_(codes if self.signed else codes.clamp_(min=1))
         self.absmax.copy_(absmax)
@@ -91,7 +87,6 @@ def require_bitsandbytes(setting: str) -> None:
 
 @cache
 def _operations() -> Any:
-    """bitsandbytes' kernels; imported when 8 bits are asked for."""
     # On some processors it asks for a package with 4-bit products, which nothing here needs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401 # pyright: ignore[reportUnusedImport]
@@ -100,19 +95,14 @@ def _operations() -> Any:
 
 
 @cache
-def dynamic_code(signed: bool) -> torch.Tensor:
+def dynamic_code(signed: bool, device: torch.device = _HOST) -> torch.Tensor:
     """The 256 values that a code stands for, ascending: seven decades, each with twice the steps of the one below."""
     values = [0.0, 1.0]
     for decade in range(_DECADES):
         edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         steps = 10 ** (decade + 1.0 - _DECADES) * (edges[:-1] + edges[1:]) / 2
         values += steps.tolist() + (-steps).tolist() * signed
-    return torch.tensor(sorted(values))
-
-
-@cache
-def _code(signed: bool, device: torch.device) -> torch.Tensor:
-    return dynamic_code(signed).to(device)
+    return torch.tensor(sorted(values)).to(device)
 
 
 @cache

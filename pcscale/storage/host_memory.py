@@ -11,11 +11,7 @@ from pcscale.common.units import aligned, format_bytes
 
 
 class HostBytes:
-    """A block of host memory, pinned where there is a GPU. Memory: `num_bytes`, anonymous, once it is written to.
-
-    Attributes:
-        placement: `pinned` or `host`, as in the ledger.
-    """
+    """A block of host memory, pinned where there is a GPU. Memory: `num_bytes`, anonymous, once it is written to."""
 
     def __init__(self, num_bytes: int) -> None:
         self.bytes = torch.empty(num_bytes, dtype=torch.uint8)
@@ -30,12 +26,7 @@ class HostBytes:
                     "Lower pinned_memory, raise the limit of locked memory, or use residency disk."
                 )
             # The finalizer holds the block, so that it is not freed while it is registered.
-            weakref.finalize(self, _unregister, self.bytes)
-
-
-def _unregister(block: torch.Tensor) -> None:
-    runtime: Any = torch.cuda.cudart()
-    runtime.cudaHostUnregister(block.data_ptr())
+            weakref.finalize(self, lambda block: runtime.cudaHostUnregister(block.data_ptr()), self.bytes)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -45,12 +36,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 class Arena:
-    """One block of bytes from which several threads take buffers and give them back.
+    """One block of bytes, flat uint8 on any device, from which several threads take buffers and give them back.
 
     The block is used again and again: fresh memory costs more than writing into it.
-
-    Args:
-        block: flat uint8, on any device.
     """
 
     def __init__(self, block: torch.Tensor) -> None:

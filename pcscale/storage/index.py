@@ -5,24 +5,12 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json
 
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+_WITH_BITS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U16", "I8", "U8")
+ITEM_BYTES = {name: int(name.lstrip("BFIU")) // 8 for name in _WITH_BITS} | {"BOOL": 1}
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
@@ -60,7 +48,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise RequestError(f"{file} is truncated inside its header ({size} bytes). Fetch or copy it again.")
     try:
         header = json.loads(header_bytes)
-        metadata = _metadata(header.pop("__metadata__", None))
+        metadata = header.pop("__metadata__", None) or {}  # To the format's own reader null is as good as absent.
+        if any(not isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__")
         entries = {name: _entry(name, file, fields, 8 + length) for name, fields in header.items()}
     except RequestError:
         raise
@@ -70,14 +60,6 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if size < end:
         raise RequestError(f"{file} is truncated: {size} bytes, its header says {end}. Fetch or copy it again.")
     return entries, metadata
-
-
-def _metadata(fields: Any) -> dict[str, str]:
-    if fields is None:  # To the format's own reader null is as good as absent.
-        return {}
-    if any(not isinstance(value, str) for value in fields.values()):
-        raise ValueError("__metadata__")
-    return fields
 
 
 def _entry(name: str, file: Path, fields: dict, data_start: int) -> TensorEntry:
@@ -106,19 +88,18 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
     Raises:
         RequestError: no safetensors, a shard is missing or broken, or the index names absent tensors.
     """
-    if (folder / INDEX_NAME).exists():
-        index = read_json(folder / INDEX_NAME)
+    path = folder / INDEX_NAME
+    if path.exists():
+        index = read_json(path)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise RequestError(f"{folder / INDEX_NAME} has no weight_map. Fetch or copy it again.")
+            raise RequestError(f"{path} has no weight_map. Fetch or copy it again.")
         if any(not isinstance(shard, str) or Path(shard).name != shard for shard in weight_map.values()):
-            raise RequestError(f"{folder / INDEX_NAME} names shards outside its folder. Fetch or copy it again.")
+            raise RequestError(f"{path} names shards outside its folder. Fetch or copy it again.")
         shards = {shard: read_header(folder / shard)[0] for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
             if name not in shards[shard]:
-                raise RequestError(
-                    f"{folder / INDEX_NAME} says that {name} is in {shard}, and it is not. Fetch both files again."
-                )
+                raise RequestError(f"{path} says that {name} is in {shard}, and it is not. Fetch both files again.")
         return {name: shards[shard][name] for name, shard in weight_map.items()}
     if (folder / SINGLE_NAME).exists():
         return read_header(folder / SINGLE_NAME)[0]

@@ -1,5 +1,6 @@
 """Tensors as views of memory-mapped files: nothing is copied, and pages that are read stay file-backed memory."""
 
+import math
 import mmap
 import os
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pcscale.storage.index import TensorEntry
+from pcscale.storage.index import TensorEntry, read_header
 
 # The views are read-only by contract; torch warns of that once per process, wherever the first one is made.
 warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
@@ -68,13 +69,10 @@ class TensorReader:
     def tensor(self, name: str) -> torch.Tensor:
         """A read-only view on the host, in the stored dtype and shape. Memory: file-backed, none of it anonymous."""
         entry = self.entries[name]
-        if not entry.num_bytes:
-            return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
-        dtype = TORCH_DTYPES[entry.dtype]
-        flat = torch.frombuffer(
-            self._map(entry.file), dtype=dtype, count=entry.num_bytes // dtype.itemsize, offset=entry.start
-        )
-        return flat.view(entry.shape)
+        dtype, count = TORCH_DTYPES[entry.dtype], math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=dtype)
+        return torch.frombuffer(self._map(entry.file), dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
     def data(self, name: str) -> memoryview:
         """The tensor's bytes, as they lie in the file."""
@@ -87,6 +85,8 @@ class TensorReader:
             entry = self.entries[name]
             read_ahead(entry.file, entry.start, entry.num_bytes)
 
-    def close(self) -> None:
-        """Let the files go. Views that are still alive keep their mapping."""
-        self._maps.clear()
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one safetensors file, as views that keep it mapped."""
+    reader = TensorReader(read_header(file)[0])
+    return {name: reader.tensor(name) for name in reader.entries}

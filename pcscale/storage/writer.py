@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import struct
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 
@@ -35,11 +36,6 @@ class ShardWriter:
 
     The space is reserved before the first byte, so a full disk is an error at the start, never a crash in the middle.
     Tensors are written by copying into `writer[name]`, a view of the mapped file: none of it is anonymous memory.
-
-    Args:
-        path: the file to be.
-        tensors: dtype and shape by name, in file order.
-        metadata: strings for the header.
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorShape], metadata: dict[str, str] | None = None) -> None:
@@ -47,12 +43,9 @@ class ShardWriter:
         self._temporary = temporary_beside(path)
         self._tensors = tensors
         self._header = header_bytes(tensors, metadata)
-        offset = 0
-        self._offsets: dict[str, int] = {}
-        for name, (dtype, shape) in tensors.items():
-            self._offsets[name] = offset
-            offset += dtype.itemsize * math.prod(shape)
-        self.num_bytes = len(self._header) + offset
+        sizes = (dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
+        *starts, self.num_bytes = accumulate(sizes, initial=len(self._header))
+        self._starts = dict(zip(tensors, starts, strict=True))
 
     def __enter__(self) -> "ShardWriter":
         with readable_os_errors(self.path):
@@ -73,8 +66,7 @@ class ShardWriter:
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype)
-        start = len(self._header) + self._offsets[name]
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=self._starts[name]).view(shape)
 
     def data(self) -> memoryview:
         """All bytes of the file."""

@@ -15,8 +15,7 @@ PROJECTION_NAME = "projection"
 class ProjectionCallback(TrainerCallback):
     """Writes a mergeable pcscale checkpoint into every `checkpoint-N/projection`, and reads it on resume.
 
-    Args:
-        optimizer: the one handed to the Trainer in `optimizers=(optimizer, None)`.
+    It takes the optimizer that the Trainer gets in `optimizers=(optimizer, None)`.
     """
 
     def __init__(self, optimizer: ProjectedAdamW) -> None:

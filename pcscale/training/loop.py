@@ -18,6 +18,7 @@ from pcscale.common.files import readable_os_errors
 from pcscale.common.ledger import ledger
 from pcscale.common.ranks import on_every_rank
 from pcscale.common.topology import Group
+from pcscale.common.units import format_seconds
 from pcscale.config.schema import RunConfig
 from pcscale.data.loader import step_batches
 from pcscale.evaluation.perplexity import mean_loss
@@ -34,11 +35,7 @@ from pcscale.training.trackers import open_trackers
 
 @dataclass
 class Training:
-    """A run under way, on which `train` works.
-
-    Attributes:
-        loss_module: the module that the engine gave to call.
-    """
+    """A run under way, on which `train` works; `loss_module` is the one that the engine gave to call."""
 
     config: RunConfig
     folder: RunFolder
@@ -52,12 +49,8 @@ class Training:
     teacher: AnyTeacher | None = None
 
     @property
-    def sequences_per_step(self) -> int:
-        return self.config.sequences_per_step * self.group.topology.world_size
-
-    @property
     def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.config.sequence_length
+        return self.state.sequences_per_step * self.config.sequence_length
 
     @property
     def moved_bytes(self) -> int:
@@ -78,15 +71,22 @@ def train(training: Training) -> None:
         _metrics(training) as log,
         console.progress("train", (config.max_steps - state.step) * training.tokens_per_step, "tokens") as progress,
     ):
+        started, first = time.monotonic(), state.step
         while state.step < config.max_steps:
             row = _take_step(training)
             progress.advance(training.tokens_per_step, _progress_note(row, config))
             if state.step % config.logging_steps == 0 or "eval_loss" in row:
-                console.info(_describe(row, training))
+                left = (config.max_steps - state.step) * (time.monotonic() - started) / (state.step - first)
+                console.info(f"{_describe(row, training)} · {format_seconds(left)} left")
 
             def finish_step(row: dict[str, Any] = row) -> None:
                 log(row)
-                _stop_if_hopeless(training)
+                if state.skipped_in_row >= config.max_skipped_steps:
+                    raise RunError(
+                        f"loss or gradients were not finite in {state.skipped_in_row} steps in a row, up to step "
+                        f"{state.step}. Last checkpoint: {training.folder.latest_checkpoint() or 'none'}. "
+                        "Lower learning_rate, or look at the data."
+                    )
 
             on_every_rank(group, finish_step)  # A full disk under metrics.jsonl is the first rank's, and ends all.
             last, stopping = state.step == config.max_steps, group.sum([float(stop.asked)])[0] > 0
@@ -113,7 +113,8 @@ def _metrics(training: Training) -> Iterator[Callable[[dict[str, Any]], None]]:
             with readable_os_errors(path):
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
-            trackers.log(row)
+            for log_to in trackers:
+                log_to(row)
 
         yield log
 
@@ -128,30 +129,26 @@ def _take_step(training: Training) -> dict[str, Any]:
     batches = step_batches(
         training.train_NT,
         state.step,
-        training.sequences_per_step,
+        state.sequences_per_step,
         config.per_device_train_batch_size,
         config.seed,
         training.group.topology,
     )
     moved_before = training.moved_bytes
+    accumulation, teacher = config.gradient_accumulation_steps, training.teacher
     result = training_step(
-        training.loss_module,
-        training.optimizer,
-        batches,
-        config.gradient_accumulation_steps,
-        config.max_grad_norm,
-        training.teacher,
+        training.loss_module, training.optimizer, batches, accumulation, config.max_grad_norm, teacher
     )
     state.tokens += training.tokens_per_step
     state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
     state.skipped += result.skipped
-    state.loss = None if result.skipped else result.loss
+    state.loss, grad_norm = (None, None) if result.skipped else (result.loss, result.grad_norm)
     row: dict[str, Any] = {
         "step": state.step,
         "tokens": state.tokens,
         "loss": state.loss,
         "learning_rate": config.learning_rate * factor,
-        "grad_norm": None if result.skipped else result.grad_norm,
+        "grad_norm": grad_norm,
         "seconds": time.monotonic() - started,
         "moved_bytes": int(training.group.sum([training.moved_bytes - moved_before])[0]),
     }
@@ -175,21 +172,11 @@ def evaluate_now(training: Training, label: str = "evaluate") -> float:
 
 def _save(training: Training) -> None:
     folder = training.folder.checkpoint(training.state.step)
+    settings = training.config.model_dump(mode="json")
     with ledger.during("checkpoint"):
-        settings = training.config.model_dump(mode="json")
         save_checkpoint(folder, training.state, training.optimizer, settings, training.group)
     if training.group.topology.is_first:
         training.folder.prune_checkpoints(training.config.keep_checkpoints)
-
-
-def _stop_if_hopeless(training: Training) -> None:
-    state = training.state
-    if state.skipped_in_row >= training.config.max_skipped_steps:
-        latest = training.folder.latest_checkpoint()
-        raise RunError(
-            f"loss or gradients were not finite in {state.skipped_in_row} steps in a row, up to step {state.step}. "
-            f"Last checkpoint: {latest or 'none'}. Lower learning_rate, or look at the data."
-        )
 
 
 def _interrupt(training: Training) -> NoReturn:
@@ -200,14 +187,12 @@ def _interrupt(training: Training) -> NoReturn:
 
 
 def _progress_note(row: dict[str, Any], config: RunConfig) -> str:
-    loss = "skipped" if row["loss"] is None else f"loss {row['loss']:.4f}"
+    loss = "skipped (not finite)" if row["loss"] is None else f"loss {row['loss']:.4f}"
     return f"step {row['step']}/{config.max_steps} · {loss}"
 
 
 def _describe(row: dict[str, Any], training: Training) -> str:
-    config = training.config
-    parts = [f"step {row['step']}/{config.max_steps}"]
-    parts.append("skipped (not finite)" if row["loss"] is None else f"loss {row['loss']:.4f}")
+    parts = [_progress_note(row, training.config)]
     if "eval_loss" in row:
         held_out = row["eval_loss"]
         parts.append("held-out not finite" if held_out is None else f"held-out {held_out:.4f}")

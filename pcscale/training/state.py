@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from pcscale.common.errors import RequestError
-from pcscale.common.files import (
-    read_json,
-)
+from pcscale.common.files import read_json
 from pcscale.common.topology import ALONE, Group
 from pcscale.projection.checkpoint import read_state, save_state
 from pcscale.projection.sweep import ProjectedAdamW
@@ -23,7 +21,6 @@ class TrainingState:
 
     Attributes:
         step: optimizer steps taken, skipped ones included.
-        tokens: tokens trained on.
         skipped_in_row, skipped: steps without an update, just now and in all.
         loss, eval_loss: the last known ones; None before the first.
         data: fingerprint of the token sets.
@@ -43,19 +40,14 @@ class TrainingState:
 def save_checkpoint(
     folder: Path, state: TrainingState, optimizer: ProjectedAdamW, settings: dict[str, Any], group: Group = ALONE
 ) -> None:
-    """Write a checkpoint of a run: visible only when it is whole, without any base weight.
-
-    Args:
-        settings: run.yaml's, for the model card.
-    """
+    """Write a checkpoint of a run, visible only when it is whole; `settings` are run.yaml's, for the model card."""
     trainer = asdict(state) | {"rng": _random_states(), "settings": settings}
     save_state(folder, state.step, optimizer, trainer, group)
 
 
 def check_text(folder: Path, found: str) -> None:
     """Refuse to go on with a checkpoint of other text than the token sets with the fingerprint `found`."""
-    trainer = read_json(folder / TRAINER_NAME)
-    if not isinstance(trainer, dict) or trainer.get("data") != found:
+    if _read_trainer(folder).get("data") != found:
         raise RequestError(
             "the training or held-out text is not what this run began with (its fingerprint differs). "
             "Put the files back, or start a new run."
@@ -64,8 +56,7 @@ def check_text(folder: Path, found: str) -> None:
 
 def check_batch(folder: Path, batch_size: int, accumulation: int, world_size: int) -> None:
     """Refuse to go on where a step would see more or fewer sequences than it did."""
-    trainer = read_json(folder / TRAINER_NAME)
-    before = trainer.get("sequences_per_step") if isinstance(trainer, dict) else None
+    before = _read_trainer(folder).get("sequences_per_step")
     now = batch_size * accumulation * world_size
     if before != now:
         raise RequestError(
@@ -76,12 +67,8 @@ def check_batch(folder: Path, batch_size: int, accumulation: int, world_size: in
 
 
 def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW) -> TrainingState:
-    """Put a checkpoint's state into the optimizer and its model.
-
-    Raises:
-        RequestError: a file is missing or was changed.
-    """
-    trainer: dict[str, Any] = read_json(folder / TRAINER_NAME)
+    """Put a checkpoint's state into the optimizer and its model; a file that is missing or was changed is refused."""
+    trainer = _read_trainer(folder)
     try:
         state = TrainingState(**{key: trainer[key] for key in asdict(TrainingState())})
         random_states = trainer["rng"]
@@ -90,6 +77,11 @@ def load_checkpoint(folder: Path, manifest: Manifest, optimizer: ProjectedAdamW)
     read_state(optimizer, folder, manifest)
     _restore_random_states(random_states)
     return state
+
+
+def _read_trainer(folder: Path) -> dict[str, Any]:
+    trainer = read_json(folder / TRAINER_NAME)
+    return trainer if isinstance(trainer, dict) else {}
 
 
 def _random_states() -> dict[str, str]:
@@ -101,9 +93,7 @@ def _random_states() -> dict[str, str]:
 
 
 def _restore_random_states(states: dict[str, str]) -> None:
+    restore = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
     for name, text in states.items():
-        state = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+        if name == "cpu" or torch.cuda.is_available():
+            restore[name](torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))

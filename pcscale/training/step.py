@@ -15,12 +15,8 @@ from pcscale.training.teacher import AnyTeacher
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step.
-
-    Attributes:
-        loss: mean over the step's batch, before the update.
-        grad_norm: of the compressed model's gradients, before clipping.
-        skipped: whether loss or gradients were not finite, so that nothing was updated.
+    """The outcome of a step: its mean loss before the update, the norm of the gradients before clipping, and whether
+    the update was skipped because one of them was not finite.
     """
 
     loss: float
@@ -39,9 +35,8 @@ def training_step(
     """Train on one batch, with several ranks on each one's part of it.
 
     Args:
-        micro_batches: token ids `[B, T]`, equally large.
-        accumulation: how many there are.
-        teacher: gives the targets of all of them beforehand; None: there is none.
+        micro_batches: `accumulation` of them, token ids `[B, T]`, equally large.
+        teacher: gives the targets of all of them beforehand.
     """
     engine = optimizer.engine
     total = torch.zeros((), device=engine.device)

@@ -10,20 +10,13 @@ from pcscale.common.console import console
 from pcscale.common.errors import RequestError
 from pcscale.common.ledger import TEACHER, ledger, placement_of
 from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
-from pcscale.common.topology import Topology
 from pcscale.config.schema import DistillConfig
 from pcscale.model.loss import Distillation
 from pcscale.training.teacher_cache import SequenceAddress, TeacherCache, sequence_key
 
 
 class Teacher:
-    """The live teacher: the base itself, run over the tokens that the compressed model is trained on.
-
-    Args:
-        base: the frozen base.
-        settings: of run.yaml.
-        device: where its layers run.
-        dtype: what they run in.
+    """The live teacher: the base itself, run on `device` over the tokens that the compressed model is trained on.
 
     Memory: one layer, the targets of the step's tokens on the host (hidden states, or its most likely tokens), and
     where its whole distribution counts its head on the device.
@@ -56,7 +49,6 @@ class CachedTeacher:
     """Targets that were made before the run, found by the token ids of a sequence.
 
     Args:
-        cache: the folder with them.
         settings: of run.yaml; `top_k` is the cache's or less.
         sequences: token ids `[T]` of every sequence that will be asked for.
         more: the command that adds what is missing, for errors.
@@ -86,6 +78,7 @@ class CachedTeacher:
                 f"run trains on. Add them: {more}"
             )
         ledger.keep(self, TEACHER, "host", CACHED_SEQUENCE_BYTES * len(self._addresses))
+        console.info(f"teacher: {len(self._addresses):,} sequences found in {cache.folder}")
         self.distillation = Distillation(settings.weight, settings.temperature)
         self.read_bytes = 0
 
@@ -107,27 +100,3 @@ class CachedTeacher:
 
 
 AnyTeacher = Teacher | CachedTeacher
-
-
-def open_cached_teacher(
-    cache: TeacherCache,
-    settings: DistillConfig,
-    train_NT: torch.Tensor,
-    seen: torch.Tensor,
-    more: str,
-    topology: Topology,
-) -> CachedTeacher:
-    """The teacher of a run, with the targets of every sequence that the run will train on.
-
-    Args:
-        seen: rows of `train_NT` that the run trains on.
-        more: the command that adds what is missing, for errors.
-
-    Raises:
-        RequestError: a file of the cache is missing or was changed, or it lacks some of the sequences.
-    """
-    check = topology.local_rank == 0  # Once a host.
-    # One by one: together they would be a second copy of the text.
-    teacher = CachedTeacher(cache, settings, (train_NT[row] for row in seen.numpy()), more, check)
-    console.info(f"teacher: {len(seen):,} sequences found in {cache.folder}")
-    return teacher

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from pcscale.base.mapped import MappedBase
 from pcscale.common.console import console
@@ -24,6 +23,7 @@ from pcscale.common.errors import RequestError
 from pcscale.common.files import read_json, write_json
 from pcscale.common.sizes import token_bytes
 from pcscale.config.schema import DistillConfig
+from pcscale.run.documents import checked
 from pcscale.run.manifest import Manifest
 from pcscale.storage.hashing import fingerprint, fingerprint_file
 from pcscale.storage.index import read_header
@@ -35,7 +35,6 @@ FORMAT_VERSION = 1
 LOG_DTYPE = torch.float16
 """Dtype of logarithms of probabilities: a relative error of 2^-11, and none below its range matters."""
 KEYS, IDS, LOG_PROBABILITIES = "keys", "ids", "log_probabilities"
-_KEY_BYTES = 16
 OPEN_SHARDS = 64
 """Shards that stay mapped, those used last: each takes one of the some 1,000 files that a process may have open."""
 
@@ -54,8 +53,6 @@ class TeacherManifest:
 
     Attributes:
         base_name, base_revision, base_config, base_fingerprints: as in a checkpoint's manifest.
-        sequence_length: T.
-        top_k: k.
         temperature: divisor of logits before the softmax.
         dtype: of the base's pass.
         shards: fingerprints of the files, by name.
@@ -74,11 +71,7 @@ class TeacherManifest:
 
     @classmethod
     def read(cls, folder: Path) -> "TeacherManifest":
-        """The manifest of a teacher's folder.
-
-        Raises:
-            RequestError: the folder is none, or one of another format.
-        """
+        """The manifest of a teacher's folder; another folder, or one of another format, is refused."""
         path = folder / TEACHER_NAME
         if not path.is_file():
             raise RequestError(f"{folder} holds no {TEACHER_NAME}. Fill it with `pcscale teach`, or name one that is.")
@@ -86,12 +79,7 @@ class TeacherManifest:
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
             raise RequestError(f"{folder} has teacher format {version!r}, this version reads {FORMAT_VERSION}.")
-        try:
-            found = TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise RequestError(f"{path}: {where}: {problem['msg']}. The file was changed.") from None
+        found = checked(values, cls, str(path), "The file was changed.")
         if any(Path(name).name != name for name in found.shards):
             raise RequestError(f"{path} names shards outside its folder. The file was changed.")
         return found
@@ -100,13 +88,8 @@ class TeacherManifest:
         write_json(folder / TEACHER_NAME, dataclasses.asdict(self))
 
     def check(self, folder: Path, base: MappedBase, **wanted: tuple[str, Any]) -> None:
-        """Refuse a folder that was made from another base, or in another way.
-
-        Args:
-            wanted: by attribute, the setting and its value.
-
-        Raises:
-            RequestError: with both values.
+        """Refuse a folder that was made from another base, or in another way: with another value of an attribute in
+        `wanted`, which gives each one's setting and value.
         """
         if self.base_config != base.config:
             raise RequestError(
@@ -129,23 +112,15 @@ class TeacherCache:
         self._shard = lru_cache(OPEN_SHARDS)(lambda name: TensorReader(read_header(folder / name)[0]))
 
     def check(self, remedy: str) -> None:
-        """Compare every file with its fingerprint.
-
-        Args:
-            remedy: advice about one that is missing or changed.
-
-        Raises:
-            RequestError: there is such a file.
-        """
-        sizes = {name: _size(self.folder / name) for name in self.manifest.shards}
-        with console.progress("check teacher", sum(sizes.values()) / 2**20, "MiB") as progress:
+        """Refuse a folder of which a file is missing or has another fingerprint; `remedy` ends the message."""
+        with console.progress("check teacher", len(self.manifest.shards), "files") as progress:
             for name, expected in self.manifest.shards.items():
                 path = self.folder / name
                 if not path.is_file():
                     raise RequestError(f"{path} is missing. {remedy}")
                 if fingerprint_file(path) != expected:
                     raise RequestError(f"{path} is not what was written (its fingerprint differs). {remedy}")
-                progress.advance(sizes[name] / 2**20)
+                progress.advance(1)
 
     def addresses(self) -> Iterator[tuple[bytes, SequenceAddress]]:
         """Every sequence's key and address."""
@@ -160,33 +135,21 @@ class TeacherCache:
         return ids_NTk[row, :, :top_k], log_p_NTk[row, :, :top_k]
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
 def open_cache(
     distill: DistillConfig, sequence_length: int, base: MappedBase, manifest: Manifest | None
 ) -> TeacherCache:
-    """The cache that a run is taught from, found to be of its base and settings.
-
-    The base's weights are compared as they are read.
-
-    Args:
-        manifest: of the checkpoint that the run goes on from.
+    """The cache that a run is taught from, whose base is compared as it is read, or with `manifest`, that of the
+    checkpoint that the run goes on from.
 
     Raises:
         RequestError: there is no such cache, or it is of another base, or made in another way.
     """
     assert distill.cache is not None
+    assert distill.top_k is not None
     folder = Path(distill.cache).expanduser()
     found = TeacherManifest.read(folder)
-    found.check(
-        folder,
-        base,
-        sequence_length=("sequence_length", sequence_length),
-        temperature=("distill.temperature", distill.temperature),
-    )
-    assert distill.top_k is not None
+    temperature = ("distill.temperature", distill.temperature)
+    found.check(folder, base, sequence_length=("sequence_length", sequence_length), temperature=temperature)
     if distill.top_k > found.top_k:
         raise RequestError(
             f"distill.top_k is {distill.top_k}, {folder} holds the {found.top_k} most likely tokens. "
@@ -208,16 +171,12 @@ def shard_name(number: int) -> str:
 def write_shard(
     path: Path, ids_NT: torch.Tensor, targets: list[tuple[torch.Tensor, torch.Tensor]], vocab_size: int
 ) -> str:
-    """Write the targets of sequences; returns the file's fingerprint.
-
-    Args:
-        targets: by batch of the sequences, ids and logarithms `[B, T, k]`.
-    """
+    """Write the targets of sequences, by batch ids and logarithms `[B, T, k]`; returns the file's fingerprint."""
     keys_N16 = torch.frombuffer(bytearray(b"".join(map(sequence_key, ids_NT))), dtype=torch.uint8)
     id_dtype = torch.uint16 if token_bytes(vocab_size) == 2 else torch.int32
     lowest = torch.finfo(LOG_DTYPE).min
     tensors = {
-        KEYS: keys_N16.view(len(ids_NT), _KEY_BYTES),
+        KEYS: keys_N16.view(len(ids_NT), -1),
         IDS: torch.cat([top_BTk.to(id_dtype) for top_BTk, _ in targets]),
         LOG_PROBABILITIES: torch.cat([log_p_BTk.clamp_min(lowest).to(LOG_DTYPE) for _, log_p_BTk in targets]),
     }

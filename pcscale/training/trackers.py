@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,6 @@ from pcscale.common.errors import RequestError
 from pcscale.storage.hashing import fingerprint
 
 Log = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Trackers:
-    """Open metrics trackers."""
-
-    logs: tuple[Log, ...]
-
-    def log(self, row: dict[str, Any]) -> None:
-        for log in self.logs:
-            log(row)
 
 
 def _tensorboard(folder: Path) -> tuple[Log, Callable[[], None]]:
@@ -59,11 +47,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def open_trackers(names: Sequence[str], folder: Path) -> Iterator[Trackers]:
-    """Open these trackers on a run folder, and close them after the block."""
+def open_trackers(names: Sequence[str], folder: Path) -> Iterator[list[Log]]:
+    """Open these trackers on a run folder, and close them after the block; yield where each takes rows."""
     opened = [OPENERS[name](folder) for name in names]
     try:
-        yield Trackers(tuple(log for log, _ in opened))
+        yield [log for log, _ in opened]
     finally:
         for _, close in opened:
             close()

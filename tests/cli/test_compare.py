@@ -180,7 +180,7 @@ def test_what_must_not_be_compared_is_refused_and_no_picture_is_written(
     assert said(world.base).startswith(f"{world.base} is not a run folder: it has no run.yaml")
     assert said(tmp_path / "none") == f"{tmp_path / 'none'} is not a folder. Name the output folder of a run."
     other = runs["no validation"]
-    assert said(other).startswith(f"{half} and {other} hold out 480 and 96 tokens. Set data.validation: ")
+    assert said(other).startswith(f"{half} and {other} hold out different text, of 480 and 96 tokens. ")
     other = runs["other text"]
     assert said(other) == f"{half} and {other} were trained on different text. Compare runs with one data.train."
     other = _other_tokenizer(tmp_path, world)

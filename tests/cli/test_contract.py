@@ -35,7 +35,6 @@ FLAGS = {
 PLAN_KEYS = {"base", "compressed", "trainable", "flops", "moved", "memory", "peak"} | {
     "written_bytes_per_step",
     "communicated_bytes_per_step",
-    "step_seconds",
     "phases",
     "disk",
     "alternatives",
@@ -246,7 +245,7 @@ def test_messages_go_to_standard_error(world: World, tmp_path: Path, no_plots: N
         (["plan", "x", "--boqqus"], "No such option: --boqqus. `pcscale plan --help` lists what there is."),
         (["frobnicate"], "No such command 'frobnicate'. `pcscale --help` lists what there is."),
         (["plan"], "Missing argument 'base'. `pcscale plan --help` lists what there is."),
-        (["merge", "x", "--output", "y"], "Missing option '--base'. `pcscale merge --help` lists what there is."),
+        (["merge", "x"], "Missing option '--output'. `pcscale merge --help` lists what there is."),
         (["plan", "x", "--keep", "half"], "Invalid value for '--keep': "),
         (["compress", "run.yaml", "--forte"], "No such option: --forte"),
     ],

@@ -8,9 +8,7 @@ import yaml
 
 from pcscale.config.files import resolve_deepspeed
 from pcscale.config.load import load_run_config
-from pcscale.memory.speed import speed_file, write_speed
-from tests.memory.speeds import HOST_SPEED
-from tests.runs import World, invoke, refusal, run_values, write_yaml
+from tests.runs import World, invoke, refusal
 
 GIB = 2**30
 
@@ -92,33 +90,6 @@ def test_a_file_that_is_there_is_never_replaced(world: World, tmp_path: Path) ->
     said = refusal("plan", world.base, "--host-memory", "4GiB", "--write", tmp_path / "run.yaml")
     assert "exists already" in said
     assert (tmp_path / "run.yaml").read_text() == "mine"
-
-
-def test_a_machine_that_was_not_measured_has_no_times(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PCSCALE_CACHE", str(tmp_path / "cache"))
-    assert json.loads(invoke("plan", world.base, "--json").stdout)["step_seconds"] is None
-    found = chosen(world, tmp_path, "--host-memory", "4GiB", "base_home=cpu", "residency=disk")
-    assert "time" not in str(found["chosen"])
-
-
-def test_a_measured_machine_gives_times(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PCSCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("pcscale.jobs.measure.measure_speed", lambda scratch: HOST_SPEED)
-    measured = json.loads(invoke("plan", world.base, "--calibrate-machine", "--json").stdout)["step_seconds"]
-    assert measured.pop("total") == pytest.approx(sum(measured.values()))
-    assert json.loads(invoke("plan", world.base, "--json").stdout)["step_seconds"].items() >= measured.items()
-    assert "seconds of a step on this machine, sweep" in invoke("plan", world.base).stdout
-
-
-def test_a_run_on_a_measured_machine_says_what_it_will_take(
-    world: World, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PCSCALE_CACHE", str(tmp_path / "cache"))
-    write_speed(speed_file(tmp_path / "cache"), HOST_SPEED)
-    outcome = invoke("compress", write_yaml(tmp_path / "run.yaml", run_values(world, run)), "--dry-run")
-    assert "predicted time on this machine: " in outcome.stderr
 
 
 def test_settings_of_a_run_alone_are_written_as_they_were_given(world: World, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pcscale.config.schema import DataConfig, RunConfig
-from pcscale.data.tokens import TokenSets, prepare_tokens
+from pcscale.config.schema import DataConfig
+from pcscale.data.tokens import TokenRequest, TokenSets, prepare_tokens
 from tests.data.small_tokenizer import build_tokenizer
 
 EOS_ID = 0
@@ -51,9 +51,7 @@ def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Prepare:
             train=[str(tmp_path / "train.txt")],
             validation=None if validation is None else [str(tmp_path / "validation.txt")],
         )
-        config = RunConfig(
-            base="base", output="run", data=data, sequence_length=sequence_length, eval_tokens=eval_tokens
-        )
-        return prepare_tokens(config, tokenizer, tmp_path / "run", train_sequences, vocab_size)
+        request = TokenRequest(data, sequence_length, eval_tokens, train_sequences, vocab_size)
+        return prepare_tokens(request, tokenizer, tmp_path / "run")
 
     return run

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pcscale.common.topology import Topology
-from pcscale.data.loader import sequence_order, sequences_seen, step_batches
+from pcscale.data.loader import sequence_order, step_batches
 
 
 def seen(train_NT: torch.Tensor, steps: int, sequences_per_step: int, batch_size: int, seed: int = 0) -> list[int]:
@@ -90,7 +90,7 @@ def test_a_permutation_is_made_once_an_epoch() -> None:
 @pytest.mark.parametrize(("count", "expected"), [(6, 6), (10, 10), (25, 10)])
 def test_what_a_run_sees_is_each_sequence_of_its_steps_once(count: int, expected: int) -> None:
     train_NT = numbered(10)
-    found = sequences_seen(10, seed=3, count=count).tolist()
+    found = sequence_order(10, seed=3, epoch=0)[:count].tolist()
     steps = [batch for step in range(1, count + 1) for batch in step_batches(train_NT, step, 1, 1, seed=3)]
     assert len(found) == expected
     assert {int(train_NT[row, 0]) for row in found} == {int(batch_BT[0, 0]) for batch_BT in steps}

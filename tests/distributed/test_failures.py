@@ -103,14 +103,14 @@ def test_ranks_without_a_deepspeed_file_are_refused(values: dict[str, Any], run:
     assert codes == [2, 2]
     assert said(texts[0]) == [
         "pcscale: started on 2 processes, and run.yaml names no DeepSpeed file. "
-        "Set deepspeed, for instance to deepspeed_configs/zero1.json."
+        "Set deepspeed, for instance to zero1."
     ]
     assert texts[1] == ""
 
 
 @pytest.mark.parametrize("failed", [0, 1])
 def test_what_one_rank_finds_wrong_it_says_and_all_end(failed: int, values: dict[str, Any], run: Path) -> None:
-    prepare = {failed: failing("pcscale.jobs.compress:build_training_parts", "no room for records")}
+    prepare = {failed: failing("pcscale.jobs.build:build_optimizer", "no room for records")}
     codes, texts = begin(run, values, prepare=prepare)
     assert codes == [1, 1]
     assert said(texts[failed]) == ["pcscale: no room for records"]

@@ -285,8 +285,8 @@ def test_a_shard_that_is_missing_or_changed(refuse: Callable[..., str], taught: 
     ("key", "value", "message"),
     [
         ("format_version", 7, "{folder} has teacher format 7, this version reads 1."),
-        ("top_k", "many", "{folder}/teacher.json: top_k: "),
-        ("shards", None, "{folder}/teacher.json: shards: "),
+        ("top_k", "many", "{folder}/teacher.json: top_k is 'many', expected "),
+        ("shards", None, "{folder}/teacher.json: shards is None, expected a JSON object"),
         ("shards", {"../other": "0"}, "{folder}/teacher.json names shards outside its folder. The file was changed."),
     ],
 )

@@ -1,6 +1,7 @@
 """Every combination of what a user may set for memory's sake, each predicted by itself, the slow obvious way."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -9,9 +10,10 @@ from pcscale.distributed.zero_form import forms_to_choose
 from pcscale.families.plan import Plan
 from pcscale.families.registry import FAMILIES
 from pcscale.families.widths import plan_widths
-from pcscale.memory.choose import Choice
+from pcscale.memory.choose import Budget, Choice
 from pcscale.memory.deployment import Deployment
 from pcscale.memory.predict import Prediction
+from pcscale.memory.work import Work
 from tests.families.real_models import LLAMA_1B
 from tests.memory.plans import settings
 
@@ -63,13 +65,28 @@ def combinations(gpus: int, on_gpu: bool) -> Iterator[dict[str, Any]]:
                                             }
 
 
+@dataclass(frozen=True)
+class Way:
+    """One combination, with what it takes."""
+
+    config: PlanConfig
+    deployment: Deployment
+    needs: dict[str, int]
+    cost: float
+    work: Work
+
+    def fits(self, budget: Budget) -> bool:
+        return all(self.needs[name] <= limit for name, limit in budget.limits.items())
+
+
 @cache
-def all_ways(gpus: int = 1, on_gpu: bool = True) -> list[Choice]:
+def all_ways(gpus: int = 1, on_gpu: bool = True) -> list[Way]:
     found = []
     for changes in combinations(gpus, on_gpu):
-        name = changes["deepspeed"]
+        name, run = changes["deepspeed"], config(**changes)
         deployment = Deployment(on_gpu, gpus, zero=FORMS[name] if name else None)
-        found.append(Choice(Prediction(plan_1b(), config(**changes), deployment)))
+        alone = Prediction(plan_1b(), run, deployment)
+        found.append(Way(run, deployment, alone.needs, Choice(alone).cost, alone.work))
     return found
 
 

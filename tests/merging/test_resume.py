@@ -38,9 +38,9 @@ from tests.merging.trained import open_base
 
 write_shard = merging._write_shard
 
-def stuck_in_the_second(source, path, shard, dtypes, advance):
+def stuck_in_the_second(source, path, shard, advance):
     stuck = lambda *_: time.sleep(600)
-    write_shard(source, path, shard, dtypes, stuck if "00002" in path.name else advance)
+    write_shard(source, path, shard, stuck if "00002" in path.name else advance)
 
 merging._write_shard = stuck_in_the_second
 checkpoint, base, output, size = sys.argv[1:]
@@ -66,11 +66,11 @@ def _interrupt(run: TrainedRun, output: Path, at: str = SECOND, **changes: Any) 
     """Merge until `at` is half written; returns the staging folder."""
     write_shard = merging._write_shard
 
-    def cut(source: Any, path: Path, shard: Any, dtypes: Any, advance: Any) -> None:
+    def cut(source: Any, path: Path, shard: Any, advance: Any) -> None:
         def fail(*_: object) -> None:
             raise _PowerCut
 
-        write_shard(source, path, shard, dtypes, fail if path.name == at else advance)
+        write_shard(source, path, shard, fail if path.name == at else advance)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "_write_shard", cut)

@@ -25,11 +25,11 @@ from pcscale.families.widths import plan_widths
 from pcscale.merging.merge import MergeResult, merge
 from pcscale.model.compressed import build_compressed
 from pcscale.projection.checkpoint import save_state
-from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
+from pcscale.projection.layout import RecordFormat
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.folder import BASE_CACHE_NAME
-from tests.optimizers import build_optimizer
+from tests.optimizers import PUBLISHED_FORMAT, build_optimizer
 
 HIDDEN, FFN = 24, 40
 """Widths that no other axis of the tiny bases has, so that a mistaken axis shows."""

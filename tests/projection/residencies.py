@@ -13,9 +13,9 @@ import torch
 
 from pcscale.common.files import TEMPORARY_PREFIX
 from pcscale.projection.layout import TensorSpec
-from pcscale.projection.memory_residency import Layouts, Residency, Traffic
+from pcscale.projection.memory_residency import Layouts, Traffic
 from pcscale.projection.record import views_of
-from pcscale.projection.residency import State, open_residency
+from pcscale.projection.residency import Residency, State, open_residency
 from tests.projection.parts import CPU
 
 HOMES = ("device", "cpu", "disk")

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from pcscale.model.loss import NextTokenLoss
-from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat, record_bytes
+from pcscale.projection.layout import RecordFormat, record_bytes
 from pcscale.projection.owners import Round
 from pcscale.projection.residency import State
 from pcscale.projection.store import RecordStore
 from pcscale.projection.sweep import ProjectedAdamW
+from tests.optimizers import PUBLISHED_FORMAT
 from tests.projection.parts import CPU, Compression, TinyBase, token_batches
 
 
@@ -44,7 +45,7 @@ def a_store(compression: Compression, tmp_path: Path) -> Callable[..., RecordSto
         matrices = list(compression.plan.matrices)
         residency = State(home, tmp_path / "residency", pinned_bytes)
         turns = turns or alone(planned.name for planned in matrices)
-        store = RecordStore(matrices, turns, rank, PUBLISHED_FORMAT, compression.kept, compression.base, residency, CPU)
+        store = RecordStore(matrices, turns, rank, RecordFormat(), compression.kept, compression.base, residency, CPU)
         for position, name in enumerate(store):
             layout = store.layouts[name]
             store.residency.create(

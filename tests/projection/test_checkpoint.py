@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from pcscale.common.errors import RequestError
 from pcscale.model.loss import NextTokenLoss
 from pcscale.projection.checkpoint import read_fixed, read_state, write_outer, write_records
-from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
+from pcscale.projection.layout import RecordFormat
 from pcscale.projection.starts import Start
 from pcscale.projection.sweep import ProjectedAdamW
 from pcscale.run.manifest import OUTER_NAME, Manifest, record_file
 from pcscale.storage.hashing import fingerprint_file
-from tests.optimizers import build_optimizer
+from tests.optimizers import PUBLISHED_FORMAT, build_optimizer
 from tests.projection.parts import Compression, TinyBase, copies, random_kept, token_batches
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -77,7 +77,7 @@ def write(compression: Compression, optimizer: ProjectedAdamW, folder: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("project", "form"),
-    [(True, PUBLISHED_FORMAT), (False, PUBLISHED_FORMAT), *((True, form) for form in FORMS.values())],
+    [(True, RecordFormat()), (False, RecordFormat()), *((True, form) for form in FORMS.values())],
     ids=["projected", "hard_prune", *FORMS],
 )
 def test_a_state_comes_back_to_the_last_bit(
@@ -100,7 +100,7 @@ def test_a_state_comes_back_to_the_last_bit(
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh_model.named_parameters())
 
 
-@pytest.mark.parametrize("form", [PUBLISHED_FORMAT, *FORMS.values()], ids=["published", *FORMS])
+@pytest.mark.parametrize("form", [RecordFormat(), *FORMS.values()], ids=["published", *FORMS])
 def test_training_goes_on_from_files_as_it_would_have_gone_on(
     form: RecordFormat, compression: Compression, tmp_path: Path
 ) -> None:
@@ -117,7 +117,7 @@ def test_training_goes_on_from_files_as_it_would_have_gone_on(
     assert all(torch.equal(parameter, expected[name]) for name, parameter in fresh_model.named_parameters())
 
 
-@pytest.mark.parametrize("form", [PUBLISHED_FORMAT, *FORMS.values()], ids=["published", *FORMS])
+@pytest.mark.parametrize("form", [RecordFormat(), *FORMS.values()], ids=["published", *FORMS])
 def test_every_matrix_has_its_file_in_the_safetensors_format(
     form: RecordFormat, compression: Compression, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from pcscale.common.ledger import DIRECT, GRADIENTS, MOMENTS, RECORDS, WEIGHTS
 from pcscale.model.compressed import build_compressed
 from pcscale.model.loss import NextTokenLoss
-from pcscale.projection.gradients import Accumulated
+from pcscale.projection.engine import LocalEngine
 from pcscale.projection.residency import State
 from pcscale.projection.starts import Start, start_tensors
 from pcscale.projection.sweep import ProjectedAdamW
@@ -147,9 +147,9 @@ def test_the_norm_of_no_gradients_is_zero(compression: Compression) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_shows_in_the_norm(value: float) -> None:
     parameter = nn.Parameter(torch.ones(3))
-    gradients = Accumulated([parameter], "cpu")
+    engine = LocalEngine({"w": parameter}, "cpu")
     (parameter * torch.tensor([1.0, value, 1.0])).sum().backward()
-    assert not torch.isfinite(gradients.clip_norm(CLIPPING))
+    assert not torch.isfinite(engine.clip_norm(CLIPPING))
 
 
 def test_zero_grad_forgets_gradients_and_clipping(compression: Compression) -> None:
@@ -194,22 +194,20 @@ def test_a_tied_weight_has_one_gradient_from_both_its_uses(compression: Compress
 
 def test_rows_are_those_of_the_gradient() -> None:
     parameter = nn.Parameter(torch.zeros(6, 2))
-    gradients = Accumulated([parameter], "cpu")
+    engine = LocalEngine({"w": parameter}, "cpu")
     (parameter * torch.arange(12.0).view(6, 2)).sum().backward()
-    assert gradients.of(parameter)[2:4].tolist() == [[4, 5], [6, 7]]
+    assert engine.gradient("w")[2:4].tolist() == [[4, 5], [6, 7]]
 
 
 def test_a_gradient_is_kept_apart_from_the_next_backward_pass() -> None:
     """What was taken from `parameter.grad` is nobody else's memory."""
     parameter = nn.Parameter(torch.ones(4))
-    gradients = Accumulated([parameter], "cpu")
+    engine = LocalEngine({"w": parameter}, "cpu")
     handed = torch.full((4,), 3.0)
     for _ in range(2):
         parameter.backward(handed)
     assert torch.equal(handed, torch.full((4,), 3.0)), "the caller's tensor is left alone"
-    total = gradients.of(parameter)
-    assert total is not None
-    assert total.tolist() == [6.0] * 4
+    assert engine.gradient("w").tolist() == [6.0] * 4
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -15,7 +15,6 @@ from pcscale.families.plan import PlannedWeight
 from pcscale.families.spec import Kind, Weight
 from pcscale.projection.costs import Shape
 from pcscale.projection.layout import (
-    PUBLISHED_FORMAT,
     ROW_BLOCK,
     RecordFormat,
     check_rank,
@@ -75,8 +74,8 @@ def test_of_a_norm_its_entries_are_trained_whatever_the_rank() -> None:
 def test_the_published_format_takes_twelve_bytes_a_value() -> None:
     weight = planned(SHAPE)
     values = 90 * 200 + 130 * 70 + 90 * 70
-    assert record_bytes(weight, PUBLISHED_FORMAT) == 12 * values
-    layout = record_layout(weight, PUBLISHED_FORMAT)
+    assert record_bytes(weight, RecordFormat()) == 12 * values
+    layout = record_layout(weight, RecordFormat())
     parts = {f"{name}{part}" for name in value_shapes(weight) for part in ("", ".exp_avg", ".exp_avg_sq")}
     assert layout.keys() == parts
     assert {spec.dtype for spec in layout.values()} == {"F32"}

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from pcscale.common.errors import RequestError, RunError
 from pcscale.common.files import TEMPORARY_PREFIX
-from pcscale.projection.memory_residency import Residency
 from pcscale.projection.record import views_of
+from pcscale.projection.residency import Residency
 from pcscale.storage.hashing import fingerprint_file
 from tests.projection.residencies import (
     LARGEST,

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from pcscale.projection.layout import PUBLISHED_FORMAT, RecordFormat
-from pcscale.projection.memory_residency import Residency
+from pcscale.projection.layout import RecordFormat
 from pcscale.projection.record import views_of
-from pcscale.projection.residency import State
+from pcscale.projection.residency import Residency, State
 from pcscale.projection.store import RecordStore
 from tests.projection.parts import Compression, copies
 from tests.projection.residencies import (
@@ -35,7 +34,7 @@ from tests.tiny import build_base
 __all__ = ["a_store", "compression", "no_endless_wait"]
 
 SMALL = RecordFormat("bfloat16", "8bit")
-FORMATS = {"published": PUBLISHED_FORMAT, "small": SMALL}
+FORMATS = {"published": RecordFormat(), "small": SMALL}
 
 
 @pytest.fixture(scope="module")

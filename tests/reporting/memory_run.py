@@ -63,14 +63,12 @@ def plan_phases(on_gpu: bool = False) -> dict[str, Any]:
     return {name: phases[name] for name in ("calibrate", "train", "merge", "evaluate")}
 
 
-def plan_steps(step_seconds: bool = True) -> dict[str, Any]:
+def plan_steps() -> dict[str, Any]:
     """The keys of plan.json about a step, other ways to train, and devices."""
-    parts = {"forward and backward": 95.0, "sweep": 44.0, "motion not hidden": 4.0}
     return {
         "moved": {"base": 269 * MB, "records_read": 0, "records_written": 0},
         "written_bytes_per_step": 200 * MB,
         "communicated_bytes_per_step": 0,
-        "step_seconds": {**parts, "total": sum(parts.values())} if step_seconds else None,
         "alternatives": {way: {"bytes": size, "of": of} for way, (size, of) in WAYS.items()},
         "devices": [
             {"device_bytes": 2 * 10**9, "fits": False, "change": "does not fit"},

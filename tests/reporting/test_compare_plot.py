@@ -1,4 +1,4 @@
-"""The picture of a comparison: what its lines and bars are, and where it is written and where not."""
+"""The picture of a comparison: what its lines are, and where it is written and where not."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,6 @@ from pcscale.reporting.compare import compare_runs, write_comparison
 from pcscale.reporting.drawing import COLOURS
 from pcscale.reporting.plots import MARKERS, plot_comparison
 from tests.reporting.compared_runs import SECOND, write_compared
-from tests.reporting.run_folder import on_gpu, write_document
 from tests.runs import leftovers, snapshot
 
 
@@ -40,27 +39,9 @@ def test_each_run_is_a_line_by_tokens_and_by_time_with_a_mark_where_all_are_comp
     assert figure.axes[1].get_xlabel() == "seconds of training"
 
 
-def test_a_bar_is_a_peak(pair: list[Path], tmp_path: Path) -> None:
-    gpu = write_compared(tmp_path / "gpu")
-    write_document(gpu, "usage.json", on_gpu()["usage"])
-    found = compare_runs([*pair, gpu])
-    _, _, host, device = plot_comparison(found).axes
-    widths = [bar.get_width() for bar in host.patches]  # pyright: ignore[reportAttributeAccessIssue]
-    assert widths == [run["peak"]["host_anonymous_bytes"] / 2**30 for run in found["runs"]]
-    assert [text.get_text() for text in device.texts][:2] == ["not measured", "not measured"]
-    assert device.texts[2].get_text().endswith("GiB")
-
-
-def test_runs_that_measured_no_memory_have_no_bars(pair: list[Path]) -> None:
-    for run in pair:
-        (run / "usage.json").unlink()
-    assert len(plot_comparison(compare_runs(pair)).axes) == 2
-
-
 def _comparison(labels: list[str], points: int = 5) -> dict[str, Any]:
     curve = {"tokens": list(range(points)), "seconds": [60.0 * x for x in range(points)], "loss": [3.0] * points}
-    peak = {"host_anonymous_bytes": 2**30, "device_bytes": 0}
-    runs = [{"label": label, "peak": peak, "curve": curve} for label in labels]
+    runs = [{"label": label, "curve": curve} for label in labels]
     return {"runs": runs, "equal": {"tokens": points - 1, "seconds": 60.0 * (points - 1)}}
 
 

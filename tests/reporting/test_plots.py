@@ -13,11 +13,10 @@ from pcscale.reporting.plots import (
     plot_bytes_per_step,
     plot_loss,
     plot_memory_by_component,
-    plot_step_time,
     plot_tokens_per_second,
 )
 from pcscale.run.record import RunRecord
-from tests.reporting.run_folder import EVALUATION, PLAN, SKIPPED_STEP, STEPS, metrics, write_document, write_metrics
+from tests.reporting.run_folder import EVALUATION, SKIPPED_STEP, STEPS, metrics, write_metrics
 
 GIB = 2**30
 
@@ -31,11 +30,6 @@ def texts(figure: Figure | None) -> list[str]:
 def names(figure: Figure | None) -> list[str]:
     assert figure is not None
     return [label.get_text() for label in figure.axes[0].get_yticklabels()]
-
-
-def legend(figure: Figure | None) -> list[str]:
-    assert figure is not None
-    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_the_loss_plot_shows_training_held_out_and_base(run: Path) -> None:
@@ -91,25 +85,6 @@ def test_a_size_that_was_not_measured_is_named(gpu_run: Path) -> None:
         *("190.7 MiB", "200.3 MiB, +5.0%"),
         *("515.0 MiB", "not measured"),
     ]
-
-
-def test_bars_of_time_are_as_long_as_a_step(run: Path) -> None:
-    figure = plot_step_time(RunRecord.read(run))
-    assert names(figure) == ["predicted", "measured"]
-    assert texts(figure) == ["143 s", "150 s"]
-    assert legend(figure) == ["forward", "backward", "forward and backward", "sweep", "motion not hidden"]
-    assert figure is not None
-    for row, seconds in enumerate((143.0, 150.0)):
-        parts = [container[row] for container in figure.axes[0].containers[:-1]]
-        assert sum(part.get_width() for part in parts) == pytest.approx(seconds)
-        assert max(part.get_x() + part.get_width() for part in parts) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("absent", [{"step_seconds": None}, {}])
-def test_time_that_nobody_predicted_is_drawn_alone(run: Path, absent: dict[str, None]) -> None:
-    plan = {key: value for key, value in PLAN.items() if key != "step_seconds"} | absent
-    write_document(run, "plan.json", plan)
-    assert names(plot_step_time(RunRecord.read(run))) == ["measured"]
 
 
 def test_a_run_that_has_hardly_begun_has_its_curves_and_what_it_moved(bare_run: Path) -> None:

@@ -28,7 +28,6 @@ def test_a_mapped_tensor_equals_the_librarys(dtype: torch.dtype, tmp_path: Path)
             tensor, expected = reader.tensor(name), handle.get_tensor(name)
             assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
             assert torch.equal(tensor, expected)
-    reader.close()
 
 
 def test_tensors_whose_data_is_not_aligned_are_read_right(tmp_path: Path) -> None:
@@ -76,7 +75,7 @@ def test_a_view_outlives_its_reader(tmp_path: Path) -> None:
     save_file({"x": values}, tmp_path / "some.safetensors")
     reader = TensorReader(read_header(tmp_path / "some.safetensors")[0])
     view = reader.tensor("x")
-    reader.close()
+    del reader
     assert torch.equal(view, values)
 
 
@@ -90,7 +89,6 @@ def test_a_closed_reader_holds_no_file_open(tmp_path: Path) -> None:
     for name in reader.entries:
         reader.tensor(name)
     assert len(list(descriptors.iterdir())) > before
-    reader.close()
     assert len(list(descriptors.iterdir())) == before
 
 

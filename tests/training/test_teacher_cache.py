@@ -11,10 +11,9 @@ import torch
 
 from pcscale.common.allocator import release_freed
 from pcscale.common.sizes import CACHED_SEQUENCE_BYTES
-from pcscale.common.topology import ONE_PROCESS
 from pcscale.config.schema import DistillConfig
 from pcscale.memory.process import anonymous_bytes
-from pcscale.training.teacher import CachedTeacher, open_cached_teacher
+from pcscale.training.teacher import CachedTeacher
 from pcscale.training.teacher_cache import (
     OPEN_SHARDS,
     SequenceAddress,
@@ -86,8 +85,7 @@ def test_the_text_is_not_copied_to_be_found(tmp_path: Path) -> None:
     train_NT = torch.ones(2**10, SIZE // 2**12, dtype=torch.int32)
     cache = Watched(tmp_path, build_cache(tmp_path, [train_NT[:1]]).manifest)
     distill = DistillConfig(top_k=2, cache=str(tmp_path))
-    seen = torch.arange(len(train_NT))
     release_freed()
     before = anonymous_bytes()
-    open_cached_teacher(cache, distill, train_NT, seen, "", ONE_PROCESS)
+    CachedTeacher(cache, distill, (train_NT[row] for row in range(len(train_NT))), more="", check=True)
     assert cache.held - before < SLACK

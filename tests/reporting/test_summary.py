@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pcscale.common.ledger import COMPONENTS
-from pcscale.reporting import side_by_side
+from pcscale.reporting import summary
 from pcscale.run.record import RunRecord
 from tests.reporting.memory_run import MB, MEASURED_STAGES, PREDICTED_STAGES, TRAIN_SECONDS
 from tests.reporting.run_folder import PLAN, STEPS, USAGE, write_document
@@ -24,14 +24,14 @@ def reread(run: Path, **documents: dict[str, Any]) -> RunRecord:
 
 
 def test_parts_of_working_memory_are_summed(run: Path) -> None:
-    parts = side_by_side.phases(RunRecord.read(run))["train"]["components"]
+    parts = summary.phases(RunRecord.read(run))["train"]["components"]
     assert parts["working memory"] == {"home": "host", **pair((320 + 210 + 44 + 110) * MB, 799 * MB)}
     assert set(parts) <= set(COMPONENTS)
     assert sum(part["predicted_bytes"] for part in parts.values()) == PLAN["peak"]["train"]["host_bytes"]
 
 
 def test_each_named_part_stands_beside_itself(run: Path) -> None:
-    parts = side_by_side.phases(RunRecord.read(run))["train"]["components"]
+    parts = summary.phases(RunRecord.read(run))["train"]["components"]
     assert parts["libraries"] == {"home": "host", **pair(470 * MB, 455 * MB)}
     assert parts["records"] == {"home": "host", **pair(804 * MB, 804 * MB)}
     assert "frozen base" not in parts  # In files.
@@ -39,7 +39,7 @@ def test_each_named_part_stands_beside_itself(run: Path) -> None:
 
 
 def test_pinned_memory_is_the_hosts() -> None:
-    parts = side_by_side.components(
+    parts = summary.components(
         {"pinned buffers": {"home": "pinned", "bytes": 7}}, {"host": {"pinned buffers": 8}, "device": {}}
     )
     assert parts == {"pinned buffers": {"home": "host", **pair(7, 8)}}
@@ -52,7 +52,7 @@ def test_a_part_on_device_and_host_has_two_entries() -> None:
         "logits": {"home": "device", "bytes": 6},
     }
     measured = {"host": {"records": 31, "working memory": 2}, "device": {"working memory": 12, "records": 0}}
-    assert side_by_side.components(predicted, measured) == {
+    assert summary.components(predicted, measured) == {
         "records": {"home": "host", **pair(30, 31)},
         "working memory": {"home": "device", **pair(11, 12)},
         "working memory (host)": {"home": "host", **pair(None, 2)},
@@ -61,27 +61,27 @@ def test_a_part_on_device_and_host_has_two_entries() -> None:
 
 def test_memory_that_was_predicted_elsewhere_is_not_compared() -> None:
     predicted = {"gradients": {"home": "host", "bytes": 4}}
-    assert side_by_side.components(predicted, {"host": {}, "device": {"gradients": 4}}) == {
+    assert summary.components(predicted, {"host": {}, "device": {"gradients": 4}}) == {
         "gradients": {"home": "device", **pair(None, 4)},
         "gradients (host)": {"home": "host", **pair(4, None)},
     }
 
 
 def test_a_measured_part_that_nobody_knows_keeps_its_name() -> None:
-    parts = side_by_side.components({"new": {"home": "host", "bytes": 3}}, {"host": {"new": 4}, "device": {}})
+    parts = summary.components({"new": {"home": "host", "bytes": 3}}, {"host": {"new": 4}, "device": {}})
     assert parts == {"new": {"home": "host", **pair(3, 4)}}
 
 
 def test_a_devices_context_is_no_working_memory() -> None:
     predicted = {"device context": {"home": "device", "bytes": 640}, "logits": {"home": "device", "bytes": 9}}
-    assert side_by_side.components(predicted, {"host": {}, "device": {"working memory": 8}}) == {
+    assert summary.components(predicted, {"host": {}, "device": {"working memory": 8}}) == {
         "device context": {"home": "device", **pair(640, None)},
         "working memory": {"home": "device", **pair(9, 8)},
     }
 
 
 def test_stages_have_sums_of_their_own(run: Path) -> None:
-    stages = side_by_side.phases(RunRecord.read(run))["train"]["stages"]
+    stages = summary.phases(RunRecord.read(run))["train"]["stages"]
     assert list(stages) == list(PREDICTED_STAGES)
     for name, stage in stages.items():
         predicted, measured = sum(PREDICTED_STAGES[name].values()) * MB, sum(MEASURED_STAGES[name].values()) * MB
@@ -90,11 +90,11 @@ def test_stages_have_sums_of_their_own(run: Path) -> None:
         assert stage["device"] is None
         assert "stages" not in stage
     assert stages["backward"]["components"]["working memory"] == {"home": "host", **pair(530 * MB, 799 * MB)}
-    assert side_by_side.phases(RunRecord.read(run))["merge"]["stages"] == {}
+    assert summary.phases(RunRecord.read(run))["merge"]["stages"] == {}
 
 
 def test_the_hosts_and_the_devices_sums_are_kept_apart(gpu_run: Path) -> None:
-    backward = side_by_side.phases(RunRecord.read(gpu_run))["train"]["stages"]["backward"]
+    backward = summary.phases(RunRecord.read(gpu_run))["train"]["stages"]["backward"]
     assert backward["host_anonymous"] == pair(470 * MB, 455 * MB)
     assert backward["device"] == pair(2_676 * MB, 2_945 * MB)
     assert backward["components"]["records"]["home"] == "device"
@@ -103,20 +103,20 @@ def test_the_hosts_and_the_devices_sums_are_kept_apart(gpu_run: Path) -> None:
 def test_a_stage_that_was_not_predicted_is_only_measured(run: Path) -> None:
     plan = copy.deepcopy(PLAN)
     del plan["phases"]["train"]["stages"]["sweep"]
-    sweep = side_by_side.phases(reread(run, plan=plan))["train"]["stages"]["sweep"]
+    sweep = summary.phases(reread(run, plan=plan))["train"]["stages"]["sweep"]
     assert sweep["host_anonymous"]["predicted_bytes"] is None
     assert sweep["components"]["records"] == {"home": "host", **pair(None, 804 * MB)}
 
 
 def test_seconds_of_a_step_are_those_of_its_stages(run: Path) -> None:
-    seconds = side_by_side.step_seconds(RunRecord.read(run))
-    assert seconds["predicted"] == PLAN["step_seconds"]
     recurring = ("forward", "backward", "sweep", "evaluate", "checkpoint")
-    assert seconds["measured"] == {name: pytest.approx(TRAIN_SECONDS[name] / STEPS) for name in recurring}
+    assert summary.step_seconds(RunRecord.read(run)) == {
+        name: pytest.approx(TRAIN_SECONDS[name] / STEPS) for name in recurring
+    }
 
 
 def test_bytes_of_a_step(run: Path) -> None:
-    assert side_by_side.bytes_per_step(RunRecord.read(run)) == {
+    assert summary.step_bytes(RunRecord.read(run)) == {
         "moved": pair(269 * MB, 270 * MB),
         "written": pair(200 * MB, 210 * MB),
         "communicated": pair(0, None),
@@ -124,8 +124,7 @@ def test_bytes_of_a_step(run: Path) -> None:
 
 
 def test_only_this_run_is_measured_among_the_ways_to_train(gpu_run: Path) -> None:
-    ways = side_by_side.alternatives(RunRecord.read(gpu_run))
-    assert ways is not None
+    ways = summary.summarize(RunRecord.read(gpu_run))["alternatives"]
     assert {name: way["measured_bytes"] for name, way in ways.items()} == {
         "published form": None,
         "hard pruning": None,
@@ -139,8 +138,7 @@ def test_only_this_run_is_measured_among_the_ways_to_train(gpu_run: Path) -> Non
 def test_pinned_memory_is_not_counted_twice(run: Path) -> None:
     usage = copy.deepcopy(USAGE)
     usage["phases"]["train"]["peak"]["pinned"] = 500 * MB
-    ways = side_by_side.alternatives(reread(run, usage=usage))
-    assert ways is not None
+    ways = summary.summarize(reread(run, usage=usage))["alternatives"]
     assert ways["this run"]["measured_bytes"] == 3_400 * MB
 
 
@@ -151,4 +149,4 @@ def test_pinned_memory_is_not_counted_twice(run: Path) -> None:
 def test_a_difference_is_measured_against_predicted(
     predicted: int | None, measured: int | None, expected: float | None
 ) -> None:
-    assert side_by_side.difference(predicted, measured) == (None if expected is None else pytest.approx(expected))
+    assert summary.difference(predicted, measured) == (None if expected is None else pytest.approx(expected))
