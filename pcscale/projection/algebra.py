@@ -133,7 +133,7 @@ def pull_back(
 
 
 def _inner(X_xI: torch.Tensor, side: Side) -> torch.Tensor:
-    """What the last factor multiplies: X itself, or `X @ U`."""
+    """The operand of the last factor: X itself, or `X @ U`."""
     return X_xI if len(side.factors) == 1 else X_xI @ side.factors[0]
 
 
@@ -152,7 +152,7 @@ def _project_back(G: torch.Tensor, side: Side, dim: int) -> torch.Tensor:
 
 
 def _out_gradients(left_ox: torch.Tensor, right_Ox: torch.Tensor, side: Side) -> Factors:
-    """Of D_out, whose whole gradient is `left @ rightᵀ`."""
+    """The gradients of D_out, whose whole gradient is `left @ rightᵀ`."""
     if len(side.factors) == 1:
         return (left_ox @ right_Ox.T,)
     U_rO, V_or = side.factors
@@ -160,7 +160,7 @@ def _out_gradients(left_ox: torch.Tensor, right_Ox: torch.Tensor, side: Side) ->
 
 
 def _in_gradients(left_xI: torch.Tensor, right_xi: torch.Tensor, side: Side, inner: torch.Tensor) -> Factors:
-    """Of D_in, whose whole gradient is `leftᵀ @ right`; `inner` is `_inner(left, side)`."""
+    """The gradients of D_in, whose whole gradient is `leftᵀ @ right`; `inner` is `_inner(left, side)`."""
     if len(side.factors) == 1:
         return (left_xI.T @ right_xi,)
     return left_xI.T @ (right_xi @ side.factors[1].T), inner.T @ right_xi

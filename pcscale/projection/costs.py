@@ -1,4 +1,4 @@
-"""What the products of one matrix cost, and which order of them is the cheaper one: arithmetic on sizes alone.
+"""The cost of one matrix's products, and the cheaper order of them: arithmetic on sizes alone.
 
 A projection multiplies as a whole, `[O, o]` values, or through a rank r as two thin factors that are never multiplied
 with each other.
@@ -9,8 +9,8 @@ Legend: O, I base sizes of the out and in side; o, i compressed sizes; r the ran
 from pcscale.families.plan import Plan, Shape
 
 FLOPS_PER_BYTE = 50
-"""What moving a byte of a temporary is worth: processors and GPUs do 10 to 300 operations in its time. It decides only
-between orders whose FLOPs are close."""
+"""The worth of moving a byte of a temporary, in operations: processors and GPUs do 10 to 300 in its time. It decides
+only between orders whose FLOPs are close."""
 _BYTES = 4
 
 
@@ -74,5 +74,5 @@ def _apply(lines: int, big: int, small: int, rank: int | None) -> int:
 
 
 def _gradients(lines: int, big: int, small: int, rank: int | None, shared: bool = False) -> int:
-    """Of one D, or of its factors; `shared`: the product with U is there already."""
+    """Values multiplied for the gradient of one D, or of its factors; `shared`: the product with U is there already."""
     return lines * (big * small if rank is None else rank * ((1 if shared else 2) * big + 2 * small))

@@ -1,4 +1,4 @@
-"""What a record is made of: the names, dtypes and shapes of its tensors, in the order that they lie in. Needs no torch.
+"""The layout of a record: the names, dtypes and shapes of its tensors, in the order that they lie in. Needs no torch.
 
 A record is one block of bytes, the data of a safetensors file, so that it moves in one copy and is written as it is.
 
@@ -126,5 +126,5 @@ def check_rank(matrices: Iterable[PlannedWeight], rank: int | None) -> None:
 
 
 def overlap_bytes(sizes: list[int]) -> int:
-    """What buffers must hold so that motion overlaps with work: one record comes, one is worked on, one goes."""
+    """The least size of buffers in which motion overlaps with work: one record comes, one is worked on, one goes."""
     return max((sum(map(aligned, sizes[first : first + 3])) for first in range(len(sizes))), default=0)

@@ -1,4 +1,4 @@
-"""Who owns which projected matrix: a pure function of costs and the number of ranks.
+"""The owner of each projected matrix: a pure function of costs and the number of ranks.
 
 An owner alone holds a matrix's base weight, record and moments, gets its reduced gradient and publishes its new weight.
 The sweep goes in rounds of one matrix per owner, so that all ranks read, compute and publish at the same time.

@@ -14,7 +14,7 @@ from pcscale.storage.reader import TORCH_DTYPES
 
 Moment = torch.Tensor | Blockwise
 FixedTensors = dict[str, torch.Tensor]
-"""What S is made of, for all matrices: kept indices by axis and layer (`residual`, `ffn.<layer>`), and of a rotated
+"""The parts of S, for all matrices: kept indices by axis and layer (`residual`, `ffn.<layer>`), and of a rotated
 axis its basis and the scales that norms give it."""
 
 

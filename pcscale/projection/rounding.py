@@ -59,7 +59,7 @@ def _xor_shifted(hashed: torch.Tensor, scratch: torch.Tensor, shift: int, mask: 
 
 
 def _mix(number: int) -> int:
-    """The same hash of one number."""
+    """The hash of one number."""
     for shift, _, factor in _ROUNDS:
         number = ((number ^ (number >> shift)) * factor) & _MASK
     return number ^ (number >> _LAST_SHIFT)

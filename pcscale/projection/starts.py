@@ -22,9 +22,9 @@ from pcscale.projection.layout import DELTA_IN, DELTA_OUT, row_blocks, value_sha
 from pcscale.projection.record import FixedTensors, basis_name, scale_name, start_of
 
 TIED_GAIN = 1.1
-"""Of the last norm where a rotated head is the embedding (found on SmolLM2-135M, and on no other base)."""
+"""Gain of the last norm where a rotated head is the embedding (found on SmolLM2-135M, and on no other base)."""
 _SMALLEST_GAMMA = 1e-3
-"""Of the root mean square of a norm's weight: smaller entries are not divided by."""
+"""Share of the root mean square of a norm's weight: smaller entries are not divided by."""
 RowsOf = Callable[[slice], torch.Tensor | None]
 """Rows of a base weight, or of what its precision loses, in any dtype; None: it loses nothing."""
 ReadIn = Callable[[torch.Tensor], torch.Tensor]
@@ -33,7 +33,7 @@ ReadIn = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """What training begins with.
+    """The beginning of training.
 
     Attributes:
         fixed: what S is made of.
@@ -201,8 +201,7 @@ def start_aux(
     stored: RowsOf | None,
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Where aux begins so that the composed weight is that of `start_tensors`, `[o, i]` float32 on the host; None: at
-    zero.
+    """The aux at which the composed weight is that of `start_tensors`, `[o, i]` float32 on the host; None: zero.
 
     Args:
         fixed: on the device.

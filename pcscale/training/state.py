@@ -17,7 +17,7 @@ from pcscale.run.manifest import TRAINER_NAME, Manifest
 
 @dataclass
 class TrainingState:
-    """Where a run stands. The data position is the step itself: batches are a pure function of it.
+    """The progress of a run. The data position is the step itself: batches are a pure function of it.
 
     Attributes:
         step: optimizer steps taken, skipped ones included.
