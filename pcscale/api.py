@@ -172,22 +172,11 @@ def prepare(
 
     Memory: calibration holds one layer of the base; the start's tensors beside the model that copies them.
     """
-    values = {
-        "keep": keep,
-        "target_params": target_params,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "method": method,
-        "start": start,
-        "importance": importance,
-        "calibration_tokens": calibration_tokens,
-        "sequence_length": sequence_length,
-        "base_home": base_home,
-        "base_precision": base_precision,
-        "bf16": dtype == torch.bfloat16,
-        "seed": seed,
-    }
-    config = check_settings(PlanConfig, {"base": str(base), **values}, "prepare")
+    sizes = {"keep": keep, "target_params": target_params, "hidden_size": hidden_size}
+    sizes |= {"intermediate_size": intermediate_size, "sequence_length": sequence_length}
+    values = {"base": str(base), "method": method, "start": start, "importance": importance, "seed": seed}
+    values |= {"base_home": base_home, "base_precision": base_precision, "bf16": dtype == torch.bfloat16}
+    config = check_settings(PlanConfig, {**values, **sizes, "calibration_tokens": calibration_tokens}, "prepare")
     mapped = MappedBase(resolve_base(config.base))
     where = _device(device)
     base_dtype = torch.bfloat16 if where.type == "cuda" and config.bf16 else torch.float32

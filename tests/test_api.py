@@ -170,6 +170,20 @@ def test_bad_requests_are_refused_in_a_line(call: Callable[[Path], Any], message
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"residency": "gpu"}, "residency is 'gpu', expected device or cpu or disk"),
+        ({"gradient_home": "host"}, "gradient_home is 'host', expected device or cpu"),
+        ({"moments": "8"}, "moments is '8', expected 32bit or 8bit"),
+        ({"residency": "disk"}, "Give State a folder"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(state: dict[str, Any], message: str) -> None:
+    with pytest.raises(pcscale.PcscaleError, match=message):
+        pcscale.State(**state)
+
+
 def test_messages_stay_with_the_callers_logging(world: World, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     import logging
 

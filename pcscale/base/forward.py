@@ -21,8 +21,6 @@ from pcscale.common.sizes import HIDDEN_BUDGET_BYTES, LOGIT_CHUNK_VALUES
 from pcscale.families.spec import Kind
 from pcscale.model.stock import empty_model
 
-_LayerArguments = list[dict[str, Any]]
-
 
 class LayerMajorModel:
     """The stock base model, run on a device and in a dtype with at most one layer's weights in memory."""
@@ -38,7 +36,7 @@ class LayerMajorModel:
         self._embedding = by_kind[Kind.EMBEDDING]
         self._norm = by_kind[Kind.NORM]
         self._head = by_kind.get(Kind.HEAD, self._embedding)
-        self._arguments: dict[tuple[int, ...], _LayerArguments] = {}
+        self._arguments: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         self.read_bytes = 0
         """Bytes of the base's weights that were read so far, lookups in the embedding aside."""
 
@@ -104,6 +102,7 @@ class LayerMajorModel:
     def _logit_blocks(self, hidden: list[torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Logits in blocks of the head's rows: a block's first row, the batch's position, and float32 `[B, T, V]`."""
         head_VH = self.base.tensor(self._head.name)
+        self.read_bytes += head_VH.nbytes
         rows = max(1, LOGIT_CHUNK_VALUES // max(hidden_BTH[..., 0].numel() for hidden_BTH in hidden))
         for first in range(0, len(head_VH), rows):
             block_VH = head_VH[first : first + rows].to(self.device, self.dtype)
@@ -120,13 +119,12 @@ class LayerMajorModel:
             A pair for each batch, on the host: their ids, int32 `[B, T, k]`, and the logarithms of their probabilities
             among all tokens at that temperature, float32.
         """
-        self.read_bytes += self.base.tensor(self._head.name).nbytes
         tops = [(hidden_BTH.new_empty(0), hidden_BTH.new_empty(0)) for hidden_BTH in hidden]
         log_sums = [torch.full(hidden_BTH.shape[:2], -torch.inf, device=self.device) for hidden_BTH in hidden]
         for first, position, logits_BTV in self._logit_blocks(hidden):
-            scaled_BTV = logits_BTV / temperature
-            torch.logaddexp(log_sums[position], scaled_BTV.logsumexp(-1), out=log_sums[position])
-            best = scaled_BTV.topk(min(count, scaled_BTV.shape[-1]), dim=-1)
+            logits_BTV.div_(temperature)
+            torch.logaddexp(log_sums[position], logits_BTV.logsumexp(-1), out=log_sums[position])
+            best = logits_BTV.topk(min(count, logits_BTV.shape[-1]), dim=-1)
             values, ids = best.values, best.indices + first
             if first:
                 values, ids = (torch.cat(pair, -1) for pair in zip(tops[position], (values, ids), strict=True))
@@ -159,7 +157,7 @@ class LayerMajorModel:
 
     def _embed(self, batch_BT: torch.Tensor, table_VH: torch.Tensor) -> torch.Tensor:
         """The first layer's input. The arguments that the stock forward gives each layer are kept by batch shape."""
-        arguments: _LayerArguments = []
+        arguments: list[dict[str, Any]] = []
 
         def capture(hidden_BTH: torch.Tensor, *positional: Any, **named: Any) -> torch.Tensor:
             assert not positional, "stock decoders pass their layers named arguments"

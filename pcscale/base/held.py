@@ -30,11 +30,12 @@ class HeldBase:
         self.stored: MappedBase = base.stored
         self.lost, self.coded_fingerprints = base.lost, base.coded_fingerprints
         if device.type == "cpu":
-            self._memory = HostBytes(
-                sum(aligned(tensor.nbytes) for name in names for tensor in base.weight(name).tensors)
-            )
+            sizes = (aligned(tensor.nbytes) for name in names for tensor in base.weight(name).tensors)
+            self._memory = HostBytes(sum(sizes))
             arena = Arena(self._memory.bytes)
-            self._weights = {name: _copied(base.weight(name), arena) for name in names}
+            self._weights = {
+                name: FrozenWeight(*(_copied(tensor, arena) for tensor in base.weight(name).tensors)) for name in names
+            }
             placement = self._memory.placement
         else:
             self._weights = {name: base.weight(name).to(device) for name in names}
@@ -48,9 +49,5 @@ class HeldBase:
         """Do nothing: the weights are in memory."""
 
 
-def _copied(weight: FrozenWeight, arena: Arena) -> FrozenWeight:
-    copies = []
-    for tensor in weight.tensors:
-        buffer = arena.take(tensor.nbytes)
-        copies.append(buffer.view(tensor.dtype).view(tensor.shape).copy_(tensor))
-    return FrozenWeight(*copies)
+def _copied(tensor: torch.Tensor, arena: Arena) -> torch.Tensor:
+    return arena.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)

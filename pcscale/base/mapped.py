@@ -41,10 +41,9 @@ class MappedBase:
         self.matrix_names = [weight.name for weight in self.weights if weight.kind.is_matrix]
         """The names that `weight` takes."""
         self._reader = TensorReader(read_base_entries(self.folder, self.family, self.config))
-        self._expected = dict(expected or {})
-        self._expected_by = "this checkpoint was trained on"
         self.fingerprints: dict[str, str] = {}
         """Fingerprints of the tensors read so far, by name."""
+        self.expect(expected or {})
         self.coded_fingerprints: dict[str, str] = {}  # It has no 8-bit codes.
 
     @property
@@ -66,8 +65,16 @@ class MappedBase:
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._reader.tensor(name)
-        if name not in self.fingerprints:
-            self._check(name, tensor)
+        if name in self.fingerprints:
+            return tensor
+        found = fingerprint(self._reader.data(name))
+        self._compare(name, found)
+        # A matching fingerprint was finite when it was taken. The smallest and largest entry show any NaN or infinity.
+        if name not in self._expected and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+            raise RequestError(
+                f"{self._reader.entries[name].file}: {name} holds NaN or infinity. Fetch or copy the file again."
+            )
+        self.fingerprints[name] = found
         return tensor
 
     def weight(self, name: str) -> FrozenWeight:
@@ -77,16 +84,6 @@ class MappedBase:
     def lost(self, name: str, rows: slice) -> torch.Tensor | None:
         """The rows less `weight`'s: None, since nothing is rounded."""
         return None
-
-    def _check(self, name: str, tensor: torch.Tensor) -> None:
-        found = fingerprint(self._reader.data(name))
-        self._compare(name, found)
-        # A matching fingerprint was finite when it was taken. The smallest and largest entry show any NaN or infinity.
-        if name not in self._expected and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
-            raise RequestError(
-                f"{self._reader.entries[name].file}: {name} holds NaN or infinity. Fetch or copy the file again."
-            )
-        self.fingerprints[name] = found
 
     def _compare(self, name: str, found: str) -> None:
         expected = self._expected.get(name, found)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcscale.common.errors import RequestError
+from pcscale.common.errors import RequestError, one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FETCHED = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -42,6 +42,6 @@ def resolve_base(name: str, revision: str | None = None, config_only: bool = Fal
     try:
         fetched = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # The client raises its own and its HTTP library's exceptions.
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise RequestError(f"{name} is no local folder and could not be fetched from the Hub: {reason}") from None
     return BaseFolder(fetched, name, fetched.name)

@@ -4,6 +4,17 @@ A message names the place, the value found, the value expected and the remedy, i
 """
 
 
+def one_line(error: BaseException) -> str:
+    """The beginning of another library's message, in one line of a message of ours."""
+    return " ".join(str(error).split())[:200]
+
+
+def kind_and_reason(error: BaseException) -> str:
+    """The name of another library's exception and the first line of its message."""
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first_line}"
+
+
 class PcscaleError(Exception):
     """An error whose text is meant for the user."""
 

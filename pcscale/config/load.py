@@ -108,7 +108,12 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
     if problem["type"] == "extra_forbidden":
-        return _explain_unknown(key, model)
+        group, dot, inner = key.rpartition(".")
+        known = list((GROUPS[group] if dot else model).model_fields)
+        if not dot and model is RunConfig:
+            known += ["data.train", "data.validation"]
+        nearest = difflib.get_close_matches(inner, known, n=1, cutoff=0.0)
+        return f"{key} is not a setting. Did you mean '{group + dot}{nearest[0]}'?"
     if problem["type"] == "missing":
         return f"{key} is not set and has no default. Add it."
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
@@ -117,12 +122,3 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     if problem["type"] in ("literal_error", "none_required") and key in ("report_to", *model.model_fields):
         message = f"this version takes only {message.removeprefix('Input should be ')}"
     return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
-
-
-def _explain_unknown(key: str, model: type[BaseModel]) -> str:
-    group, dot, inner = key.rpartition(".")
-    known = list((GROUPS[group] if dot else model).model_fields)
-    if not dot and "data" in known and model is RunConfig:
-        known += ["data.train", "data.validation"]
-    nearest = difflib.get_close_matches(inner, known, n=1, cutoff=0.0)
-    return f"{key} is not a setting. Did you mean '{group + dot}{nearest[0]}'?"

@@ -50,7 +50,9 @@ Count = Annotated[Whole, Field(gt=0)]
 Size = Annotated[str, BeforeValidator(_check_size)]
 Names = Annotated[list[str], BeforeValidator(_as_list)]
 
+Rank = Annotated[str | int, BeforeValidator(_check_rank)]
 Importance = Literal["activation", "energy", "magnitude", "random"]
+Start = Literal["selection", "rescaled", "least_squares", "pca", "pca_least_squares"]
 
 
 class _Settings(BaseModel):
@@ -113,9 +115,7 @@ class PlanConfig(_Settings):
     """Instead of `keep`, with hidden_size: the exact ffn width. Units: channels."""
     method: Literal["projected", "hard_prune"] = Field(default="projected", json_schema_extra=_MODEL)
     """`projected` trains projections of the frozen base; `hard_prune`, the control arm, trains the same start alone."""
-    start: Literal["selection", "rescaled", "least_squares", "pca", "pca_least_squares"] = Field(
-        default=defaults.START, json_schema_extra=_MODEL
-    )
+    start: Start = Field(default=defaults.START, json_schema_extra=_MODEL)
     """The compressed model before training. `selection` keeps the most important channels, as published; `rescaled`
     puts the norms right for what they no longer see; `least_squares` also rebuilds dropped channels from kept ones;
     `pca` rotates the residual stream onto its main directions; `pca_least_squares` also rebuilds ffn channels."""
@@ -183,9 +183,7 @@ class PlanConfig(_Settings):
     """The dtype of D and aux; `bfloat16` is rounded stochastically."""
     moments: Literal["32bit", "8bit"] = Field(default="32bit", json_schema_extra=_MEMORY)
     """The precision of AdamW's moments; `8bit` is block-wise, and leaves tensors below 4096 values in 32 bits."""
-    projection_rank: Annotated[str | int, BeforeValidator(_check_rank)] = Field(
-        default="full", json_schema_extra=_MEMORY
-    )
+    projection_rank: Rank = Field(default="full", json_schema_extra=_MEMORY)
     """The rank of D: `full`, or a number, which makes D a product of two thin factors that are never multiplied. At
     rank 64 SmolLM2-135M has a seventh of D's values and a quarter of the sweep's FLOPs; after 100 steps its held-out
     loss was 0.04 nats above whole D's, at rates where rounding alone moves it by as much (docs/lab_log.md)."""

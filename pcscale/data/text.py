@@ -11,11 +11,12 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pcscale.common.errors import RequestError
+from pcscale.common.errors import RequestError, kind_and_reason
 
 _GLOB_SIGN = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -129,7 +130,7 @@ def _hub_rows(source: str) -> Iterator[Any]:
         yield from _load(path, name=config or None)
     except Exception as error:
         raise RequestError(
-            f"The Hub data set {source} cannot be read ({_reason(error)}). "
+            f"The Hub data set {source} cannot be read ({kind_and_reason(error)}). "
             "Check its name and the network; there is no file of this name either."
         ) from error
 
@@ -138,21 +139,13 @@ def _file_rows(file: Path, scratch: Path) -> Iterator[Any]:
     try:
         yield from _READERS[_extension(file)](file, scratch)
     except _BROKEN_FILE as error:
-        raise RequestError(f"{file} cannot be read ({_reason(error)}). Restore the file or leave it out.") from error
-
-
-def _reason(error: Exception) -> str:
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first_line}"
+        reason = kind_and_reason(error)
+        raise RequestError(f"{file} cannot be read ({reason}). Restore the file or leave it out.") from error
 
 
 def _load_file(builder: str, file: Path, scratch: Path, **options: Any) -> Any:
     data_files = [glob.escape(str(file.absolute()))]
     return _load(builder, data_files=data_files, cache_dir=str(scratch / "cache"), **options)
-
-
-def _text_rows(file: Path, scratch: Path) -> Iterator[Any]:
-    yield from _load_file("text", file, scratch, sample_by="document")
 
 
 def _json_rows(file: Path, scratch: Path) -> Iterator[Any]:
@@ -184,8 +177,8 @@ def _parquet_rows(file: Path, scratch: Path) -> Iterator[Any]:
     yield from _load_file("parquet", file, scratch, columns=["text"], batch_size=_PARQUET_ROWS)
 
 
-_READERS: dict[str, Callable[[Path, Path], Iterator[Any]]] = {
-    ".txt": _text_rows,
+_READERS: dict[str, Callable[[Path, Path], Iterable[Any]]] = {
+    ".txt": partial(_load_file, "text", sample_by="document"),
     ".jsonl": _json_rows,
     ".json": _json_rows,
     ".parquet": _parquet_rows,

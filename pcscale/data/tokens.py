@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pcscale.common.console import console
-from pcscale.common.errors import RequestError
-from pcscale.config.schema import DataConfig
+from pcscale.common.errors import RequestError, kind_and_reason
+from pcscale.config.schema import RunConfig
 from pcscale.data.text import describe, documents
 from pcscale.run.token_file import KEY, TOKENIZER, TOKENS_NAME, TRAIN, VALIDATION
 from pcscale.storage.hashing import fingerprint
@@ -53,9 +53,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise RequestError(
-            f"{folder}: the tokenizer files are missing or unreadable ({type(error).__name__}: {reason}). "
+            f"{folder}: the tokenizer files are missing or unreadable ({kind_and_reason(error)}). "
             "Copy tokenizer.json and tokenizer_config.json of the base there."
         ) from error
     if tokenizer.eos_token_id is None:
@@ -164,67 +163,55 @@ def read_sequences(
     return tokens_N[: full * sequence_length].view(full, sequence_length)
 
 
-@dataclass(frozen=True)
-class TokenRequest:
-    """The sequences that a run asks for."""
-
-    data: DataConfig
-    sequence_length: int
-    eval_tokens: int
-    train_sequences: int  # the most that the run can see without repeating one
-    vocab_size: int
-
-
-def prepare_tokens(request: TokenRequest, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> TokenSets:
-    """The run's train and held-out sequences, from `folder/tokens.safetensors` where that fits the request and text.
+def prepare_tokens(
+    config: RunConfig, train_sequences: int, vocab_size: int, tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> TokenSets:
+    """The run's train and held-out sequences, from `folder/tokens.safetensors` where that fits the settings and text.
 
     Text is read as far as the run can use it. At most `eval_tokens` (but one sequence at least) are held out, from
     `data.validation`; where that is absent, from the end of the text read of `data.train`, at most a tenth of it.
+
+    Args:
+        train_sequences: the most that the run can see without repeating one.
+        vocab_size: the model's; every token id is below it.
 
     Raises:
         RequestError: a source cannot be read, holds too little text, or a token id is outside the vocabulary.
     """
     file = folder / TOKENS_NAME
-    key = _key(request, tokenizer)
-    if _stored_key(file) != key:
-        train_NT, validation_MT = _make_sequences(request, tokenizer)
+    key = _key(config, vocab_size, tokenizer)
+    try:
+        stored = read_header(file)[1].get(KEY)
+    except RequestError:  # There is no usable file.
+        stored = None
+    if stored != key:
+        train_NT, validation_MT = _make_sequences(config, train_sequences, vocab_size, tokenizer)
         # Runs with equal vocabularies over the same ids are over the same text.
         vocabulary = fingerprint(json.dumps([_eos(tokenizer), tokenizer.get_vocab()], sort_keys=True).encode())
         write_tensors(file, {TRAIN: train_NT, VALIDATION: validation_MT}, {KEY: key, TOKENIZER: vocabulary})
-    return _read(file)
-
-
-def _key(request: TokenRequest, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of the text, tokenizer and sizes behind the sequences. A run that is made longer repeats its sequences."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # absent: a slow tokenizer, written in Python
-    identity = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
-    validation = request.data.validation
-    sources = [describe(request.data.train), None if validation is None else describe(validation)]
-    sizes = [request.sequence_length, request.eval_tokens, request.vocab_size]
-    return fingerprint(json.dumps([sources, sizes, _eos(tokenizer), identity], sort_keys=True).encode())
-
-
-def _stored_key(file: Path) -> str | None:
-    """The key of an existing token file; None: there is no usable one."""
-    try:
-        return read_header(file)[1].get(KEY)
-    except RequestError:
-        return None
-
-
-def _read(file: Path) -> TokenSets:
     reader = TensorReader(read_header(file)[0])
     tensors = {name: reader.tensor(name) for name in (TRAIN, VALIDATION)}
     parts = [[name, list(tensor.shape), fingerprint(reader.data(name))] for name, tensor in tensors.items()]
     return TokenSets(tensors[TRAIN], tensors[VALIDATION], fingerprint(json.dumps(parts).encode()))
 
 
-def _make_sequences(request: TokenRequest, tokenizer: "PreTrainedTokenizerBase") -> tuple[Tensor, Tensor]:
-    def read(setting: str, sources: list[str], count: int, least: int = 1) -> Tensor:
-        return read_sequences(setting, sources, tokenizer, request.sequence_length, count, request.vocab_size, least)
+def _key(config: RunConfig, vocab_size: int, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A hash of the text, tokenizer and sizes behind the sequences. A run that is made longer repeats its sequences."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # absent: a slow tokenizer, written in Python
+    identity = backend.to_str() if backend else [type(tokenizer).__name__, tokenizer.get_vocab()]
+    sources = [sources and describe(sources) for sources in (config.data.train, config.data.validation)]
+    sizes = [config.sequence_length, config.eval_tokens, vocab_size]
+    return fingerprint(json.dumps([sources, sizes, _eos(tokenizer), identity], sort_keys=True).encode())
 
-    train, validation, train_sequences = request.data.train, request.data.validation, request.train_sequences
-    held_out = max(1, request.eval_tokens // request.sequence_length)
+
+def _make_sequences(
+    config: RunConfig, train_sequences: int, vocab_size: int, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Tensor, Tensor]:
+    def read(setting: str, sources: list[str], count: int, least: int = 1) -> Tensor:
+        return read_sequences(setting, sources, tokenizer, config.sequence_length, count, vocab_size, least)
+
+    train, validation = config.data.train, config.data.validation
+    held_out = max(1, config.eval_tokens // config.sequence_length)
     if validation is not None:
         return read("data.train", train, train_sequences), read("data.validation", validation, held_out)
     # A ninth on top of train is a tenth of the whole.

@@ -20,12 +20,9 @@ def stored_bytes(holder: Any, seen: set[int]) -> dict[str, int]:
     return found
 
 
-def held_tensors(holder: Any) -> Iterator[torch.Tensor]:
-    """The tensors that are reached through attributes, lists and mappings."""
-    return _walk(holder, set(), _DEEPEST)
-
-
-def _walk(value: Any, visited: set[int], depth: int) -> Iterator[torch.Tensor]:
+def held_tensors(value: Any, depth: int = _DEEPEST, visited: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """The tensors that are reached through attributes, lists and mappings, `depth` of them inside each other."""
+    visited = set() if visited is None else visited
     if isinstance(value, torch.Tensor):
         yield value
     elif depth and id(value) not in visited and not isinstance(value, torch.nn.Module):
@@ -35,4 +32,4 @@ def _walk(value: Any, visited: set[int], depth: int) -> Iterator[torch.Tensor]:
         if isinstance(value, Mapping):
             value = list(value.values())
         for child in list(value) if isinstance(value, list | tuple | set) else ():
-            yield from _walk(child, visited, depth - 1)
+            yield from held_tensors(child, depth - 1, visited)

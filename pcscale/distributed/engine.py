@@ -16,16 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_local_grad,
-    safe_set_full_fp32_param,
-    safe_set_local_fp32_param,
-)
 from torch import nn
 
-from pcscale.common.errors import RequestError
+from pcscale.common.errors import RequestError, one_line
 from pcscale.common.ledger import ENGINE, GRADIENTS, WEIGHTS, ledger
 from pcscale.distributed.census import held_tensors, stored_bytes
 from pcscale.distributed.group import ProcessGroup
@@ -42,9 +35,8 @@ def check_settings(settings: EngineSettings) -> None:
     try:
         DeepSpeedConfig(settings.values)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise RequestError(
-            f"{settings.file}: DeepSpeed refuses it: {reason}. See deepspeed_configs/README.md."
+            f"{settings.file}: DeepSpeed refuses it: {one_line(error)}. See deepspeed_configs/README.md."
         ) from error
 
 
@@ -122,7 +114,7 @@ class DeepSpeedEngine:
         parameter = self._parameters[name]
         if self._whole:
             return parameter.detach()
-        value = safe_get_full_fp32_param(parameter)
+        value = deepspeed.utils.safe_get_full_fp32_param(parameter)
         assert value is not None
         return value.view(self._shapes[name])
 
@@ -219,18 +211,18 @@ class DeepSpeedEngine:
                 parameter.detach().copy_(value)
             return
         if self._stage < 3:
-            safe_set_full_fp32_param(parameter, value)
+            deepspeed.utils.safe_set_full_fp32_param(parameter, value)
             return
         # Its own call for whole values fails at stage 3 where ranks do not divide them: the last part is padded.
         size = parameter.ds_tensor.numel()
         part = value.flatten()[self.topology.rank * size :][:size]
-        safe_set_local_fp32_param(parameter, F.pad(part, (0, size - len(part))))
+        deepspeed.utils.safe_set_local_fp32_param(parameter, F.pad(part, (0, size - len(part))))
 
     def _empty(self, name: str) -> torch.Tensor:
         return torch.empty(self._shapes[name], dtype=self.dtype, device=self.device)
 
     def _full_gradient(self, name: str) -> torch.Tensor:
-        gradient = safe_get_full_grad(self._parameters[name])
+        gradient = deepspeed.utils.safe_get_full_grad(self._parameters[name])
         assert gradient is not None
         return gradient.view(self._shapes[name])
 
@@ -239,7 +231,7 @@ class DeepSpeedEngine:
         if self._stage == 0:
             return parameter.grad.view(-1)
         if self._stage == 3:
-            partition = safe_get_local_grad(parameter).view(-1)
+            partition = deepspeed.utils.safe_get_local_grad(parameter).view(-1)
             # The last partition is padded.
             left = parameter.ds_numel - self.topology.rank * partition.numel()
             return partition[: max(0, left)]

@@ -1,7 +1,6 @@
 """The processes of a run, started by torchrun, the deepspeed launcher or SLURM, and how they talk to each other."""
 
 import os
-import socket
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -28,7 +27,8 @@ class ProcessGroup:
     """All ranks of this run. Raises RuntimeError where they cannot be reached."""
 
     def __init__(self) -> None:
-        _name_the_lone_process()
+        if "RANK" not in os.environ:  # The process was started by hand: set what a launcher sets, with any free port.
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         # For processors DeepSpeed would compile an op to sum over shared memory, which training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         accelerator = get_accelerator()
@@ -56,15 +56,6 @@ class ProcessGroup:
 
     def close(self) -> None:
         dist.destroy_process_group()
-
-
-def _name_the_lone_process() -> None:
-    """Set what a launcher would have set, for a process that was started by hand."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def is_about_a_peer(error: BaseException) -> bool:

@@ -66,16 +66,16 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
     }
     filled = deepcopy(settings)
     for keys, (value, name) in decided.items():
-        found = _look_up(settings, keys)
+        *outer, last = keys
+        section = filled
+        for key in outer:
+            section = section.setdefault(key, {})
+        found = section.get(last)
         if found not in (None, AUTO, value):
             raise RequestError(
                 f"{path}: {'.'.join(keys)} is {found!r}, run.yaml has {name} {value!r}. "
                 f'Remove it from the file, or set it to "{AUTO}".'
             )
-        *outer, last = keys
-        section = filled
-        for key in outer:
-            section = section.setdefault(key, {})
         section[last] = value
     stage = filled.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -93,9 +93,3 @@ def read_engine_settings(file: str, config: RunConfig, world_size: int) -> Engin
     if moves:
         filled.setdefault("zero_optimization", {})["stage"] = 1
     return EngineSettings(file, filled, moves)
-
-
-def _look_up(settings: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        settings = settings.get(key) if isinstance(settings, dict) else None
-    return settings

@@ -4,10 +4,10 @@ They share one skeleton and differ in their biases and in their norms inside att
 To add a family: docs/add_a_family.md.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VOCAB, Axis
-from pcscale.families.spec import Condition, Config, Family, Kind, Weight, is_tied
+from pcscale.families.spec import Condition, Family, Kind, Weight, is_tied
 
 
 def _linear(name: str, out: Axis, in_: Axis, reads: str | None = None) -> Weight:
@@ -30,8 +30,6 @@ _EMBEDDING = Weight("model.embed_tokens.weight", Kind.EMBEDDING, (VOCAB, RESIDUA
 _HEAD = Weight(
     "lm_head.weight", Kind.HEAD, (VOCAB, RESIDUAL), reads="model.norm.weight", when=lambda config: not is_tied(config)
 )
-
-
 _LAYER = (
     _norm("input_layernorm", RESIDUAL),
     _linear("self_attn.q_proj", out=Q_HEADS, in_=RESIDUAL, reads="input_layernorm"),
@@ -50,13 +48,9 @@ def _qkv_biases(when: Condition | None) -> tuple[Weight, ...]:
     return tuple(_bias(f"self_attn.{name}_proj", axis, when) for name, axis in axes.items())
 
 
+_ATTENTION_BIAS = _flag("attention_bias")
 _HEAD_NORMS = (_norm("self_attn.q_norm", HEAD_DIM), _norm("self_attn.k_norm", HEAD_DIM))
-
-_OPTIONAL_ATTENTION_BIASES = (
-    *_qkv_biases(_flag("attention_bias")),
-    _bias("self_attn.o_proj", RESIDUAL, _flag("attention_bias")),
-)
-
+_OPTIONAL_ATTENTION_BIASES = (*_qkv_biases(_ATTENTION_BIAS), _bias("self_attn.o_proj", RESIDUAL, _ATTENTION_BIAS))
 _OPTIONAL_MLP_BIASES = (
     _bias("mlp.gate_proj", FFN, _flag("mlp_bias")),
     _bias("mlp.up_proj", FFN, _flag("mlp_bias")),
@@ -64,23 +58,9 @@ _OPTIONAL_MLP_BIASES = (
 )
 
 
-def _decoder(
-    name: str,
-    examples: str,
-    extra: tuple[Weight, ...] = (),
-    hidden_multiple: Callable[[Config], int] = lambda config: 1,
-    stated: tuple[str, ...] = ("num_key_value_heads",),
-) -> Family:
-    return Family(
-        name=name,
-        examples=examples,
-        layer_prefix="model.layers.{layer}.",
-        before=(_EMBEDDING,),
-        layer=_LAYER + extra,
-        after=(_norm("model.norm", RESIDUAL), _HEAD),
-        hidden_multiple=hidden_multiple,
-        stated=stated,
-    )
+def _decoder(name: str, examples: str, extra: tuple[Weight, ...] = (), **fields: Any) -> Family:
+    after = (_norm("model.norm", RESIDUAL), _HEAD)
+    return Family(name, examples, "model.layers.{layer}.", (_EMBEDDING,), _LAYER + extra, after, **fields)
 
 
 LLAMA = _decoder(
@@ -89,8 +69,7 @@ LLAMA = _decoder(
     _OPTIONAL_ATTENTION_BIASES + _OPTIONAL_MLP_BIASES,
     # The config class refuses a hidden size that the head count does not divide, even with head_dim set.
     hidden_multiple=lambda config: config["num_attention_heads"],
-    stated=(),
 )
-MISTRAL = _decoder("mistral", "Mistral 7B")
-QWEN2 = _decoder("qwen2", "Qwen2 and Qwen2.5", _qkv_biases(None))
+MISTRAL = _decoder("mistral", "Mistral 7B", stated=("num_key_value_heads",))
+QWEN2 = _decoder("qwen2", "Qwen2 and Qwen2.5", _qkv_biases(None), stated=("num_key_value_heads",))
 QWEN3 = _decoder("qwen3", "Qwen3", _HEAD_NORMS + _OPTIONAL_ATTENTION_BIASES, stated=("num_key_value_heads", "head_dim"))

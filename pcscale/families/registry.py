@@ -7,11 +7,6 @@ from pcscale.families.spec import Config, Family, check_config
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
-def supported() -> str:
-    """The families with examples of their models, for messages."""
-    return ", ".join(f"{family.name} ({family.examples})" for family in FAMILIES.values())
-
-
 def family_of(config: Config, where: str) -> Family:
     """The family of a model, from its config.json, which errors call `where`.
 
@@ -21,7 +16,8 @@ def family_of(config: Config, where: str) -> Family:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise RequestError(f"{where}: model_type {model_type!r} is not supported. Supported: {supported()}.")
+        supported = ", ".join(f"{family.name} ({family.examples})" for family in FAMILIES.values())
+        raise RequestError(f"{where}: model_type {model_type!r} is not supported. Supported: {supported}.")
     if config.get("quantization_config"):
         raise RequestError(f"{where}: the weights are quantised. Use the checkpoint in its full precision.")
     check_config(config, where, family.stated)

@@ -62,7 +62,7 @@ class Family:
     """Weights of every layer."""
     after: tuple[Weight, ...]
     """Weights used after the last layer."""
-    hidden_multiple: Callable[[Config], int]
+    hidden_multiple: Callable[[Config], int] = lambda config: 1
     """The number that the config class wants hidden_size to be divisible by."""
     stated: tuple[str, ...] = ()
     """Sizes that config.json must state, since the config class has a fixed number of its own for an absent one."""

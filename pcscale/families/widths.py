@@ -44,11 +44,8 @@ def plan_widths(family: Family, config: Config, hidden_size: int, intermediate_s
     Raises:
         RequestError: a width is out of range or the family's config class would refuse it; the nearest legal are named.
     """
-    hidden_multiple = family.hidden_multiple(config)
-    for key, width, multiple in (
-        ("hidden_size", hidden_size, hidden_multiple),
-        ("intermediate_size", intermediate_size, 1),
-    ):
+    asked = {"hidden_size": (hidden_size, family.hidden_multiple(config)), "intermediate_size": (intermediate_size, 1)}
+    for key, (width, multiple) in asked.items():
         if not 0 < width <= config[key]:
             raise RequestError(f"{key} {width} is not between 1 and the base's {config[key]}. Choose a smaller width.")
         if width % multiple:

@@ -20,7 +20,7 @@ from pcscale.common.ranks import on_every_rank, on_first_rank
 from pcscale.common.topology import ALONE
 from pcscale.common.units import parse_bytes
 from pcscale.config.schema import TEXT_FREE, RunConfig
-from pcscale.data.tokens import TokenRequest, TokenSets, count_text_bytes, prepare_tokens
+from pcscale.data.tokens import TokenSets, count_text_bytes, prepare_tokens
 from pcscale.evaluation.perplexity import HeldOut, evaluate_base, evaluate_model
 from pcscale.jobs.build import open_training, teacher_of
 from pcscale.jobs.fit import check_fit, check_requests, predict, say_plan, try_merge
@@ -144,8 +144,7 @@ class _Job:
         config = self.config
         wanted = config.wanted_sequences(self.group.topology.world_size)
         vocab_size = self.run.base.config["vocab_size"]
-        request = TokenRequest(config.data, config.sequence_length, config.eval_tokens, wanted, vocab_size)
-        self.tokens = prepare_tokens(request, self.run.tokenizer, self.folder.path)
+        self.tokens = prepare_tokens(config, wanted, vocab_size, self.run.tokenizer, self.folder.path)
         console.info(
             f"data: {self.tokens.train_NT.numel():,} training tokens, "
             f"{self.tokens.validation_MT.numel():,} held-out tokens"

@@ -1,8 +1,8 @@
 """The job behind `pcscale teach`: teacher targets of a text, into a folder that runs learn from."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def _fill(
     folder: Path, manifest: TeacherManifest, config: PlanConfig, ids_NT: torch.Tensor, model: LayerMajorModel
 ) -> tuple[TeacherManifest, int]:
     """Add the sequences that the folder lacks, shard by shard; returns how many they were."""
-    seen = {key for key, _ in TeacherCache(folder, manifest).addresses()}
+    seen, held = {key for key, _ in TeacherCache(folder, manifest).addresses()}, set(manifest.shards)
     missing = []
     for row in range(len(ids_NT)):  # Not the tensor itself, which makes all of its rows at once.
         key = sequence_key(ids_NT[row])
@@ -157,8 +157,11 @@ def _fill(
         console.info(f"{folder} is complete: it holds all {len(ids_NT):,} sequences")
         return manifest, 0
     _check_disk(folder, manifest, len(missing))
-    each = _shard_sequences(manifest, model)
+    # So few in a shard that all of them go through the layers together, within the budget of a pass.
+    each_bytes = model.base.config["hidden_size"] * model.dtype.itemsize + _TARGET_BYTES * manifest.top_k
+    each = max(1, min(SHARD_TOKENS, HIDDEN_BUDGET_BYTES // each_bytes) // manifest.sequence_length)
     shards = torch.tensor(missing).split(each)
+    free_names = (name for name in map(shard_name, itertools.count()) if name not in held)
     console.info(
         f"{len(missing):,} of {len(ids_NT):,} sequences to ask the base about, {len(shards[0])} in a shard of "
         f"{len(shards)}; each of its weights is read once a shard"
@@ -170,42 +173,22 @@ def _fill(
     manifest.write(folder)  # A folder with shards alone would be taken for somebody else's.
     done = 0
     with StopRequest() as stop:
-        for number, (name, rows) in enumerate(zip(_free_names(manifest), shards, strict=False), 1):
+        for number, (name, rows) in enumerate(zip(free_names, shards, strict=False), 1):
             if stop.asked:
                 raise Interrupted(
                     f"interrupted with {done:,} of {len(missing):,} sequences done, which stay. "
                     "Go on with the same command."
                 )
-            found = _make_shard(folder / name, ids_NT[rows], config, model, f"teach {number}/{len(shards)}")
+            targets: list[tuple[torch.Tensor, torch.Tensor]] = []
+            shard_NT = ids_NT[rows]
+            batches = list(shard_NT.split(config.per_device_train_batch_size))
+            for hidden in model.hidden_states(batches, f"teach {number}/{len(shards)}"):
+                targets += model.most_likely(hidden, manifest.top_k, manifest.temperature)
+            found = write_shard(folder / name, shard_NT, targets, model.base.config["vocab_size"])
             manifest = dataclasses.replace(manifest, shards={**manifest.shards, name: found})
             manifest.write(folder)
             done += len(rows)
     return manifest, done
-
-
-def _make_shard(path: Path, ids_NT: torch.Tensor, config: PlanConfig, model: LayerMajorModel, label: str) -> str:
-    """Make one shard; returns its fingerprint."""
-    distill = config.distill
-    assert distill is not None
-    assert distill.top_k is not None
-    targets: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for hidden in model.hidden_states(list(ids_NT.split(config.per_device_train_batch_size)), label):
-        targets += model.most_likely(hidden, distill.top_k, distill.temperature)
-    return write_shard(path, ids_NT, targets, model.base.config["vocab_size"])
-
-
-def _shard_sequences(manifest: TeacherManifest, model: LayerMajorModel) -> int:
-    """Sequences of a shard: so few that all of them go through the layers together, within the budget of a pass."""
-    each_bytes = model.base.config["hidden_size"] * model.dtype.itemsize + _TARGET_BYTES * manifest.top_k
-    return max(1, min(SHARD_TOKENS, HIDDEN_BUDGET_BYTES // each_bytes) // manifest.sequence_length)
-
-
-def _free_names(manifest: TeacherManifest) -> Iterator[str]:
-    number = 0
-    while True:
-        if shard_name(number) not in manifest.shards:
-            yield shard_name(number)
-        number += 1
 
 
 def _check_disk(folder: Path, manifest: TeacherManifest, sequences: int) -> None:

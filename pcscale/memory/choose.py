@@ -1,7 +1,7 @@
 """The settings that fit a budget and cost least, and, where none fit, what would. Needs no torch.
 
 Every combination of `KNOBS` is a candidate. None of them changes what a step sees: sequences a step and all that
-belongs to the model stay. A candidate's cost is what one rank's step computes and moves (memory/work.py): FLOPs, with
+belongs to the model stay. A candidate's cost is what one rank's step computes and moves (`Work`): FLOPs, with
 those that are recomputed, and bytes over each link at the worth of a byte there (`Worth`). Of candidates that fit and
 cost about the same the most exact one is chosen. No time is predicted for this: machines differ too much.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from pcscale.common.errors import BudgetError, RequestError
 from pcscale.common.units import format_bytes, parse_bytes
@@ -25,8 +25,7 @@ SAME_COST = 1.02
 """Settings whose steps cost this much more at most count as equally good; the more exact ones are taken."""
 
 
-@dataclass(frozen=True)
-class Worth:
+class Worth(NamedTuple):
     """FLOPs of the compressed model in whose time one byte crosses a link.
 
     Attributes:
@@ -69,8 +68,7 @@ class Budget:
     @property
     def limits(self) -> dict[str, int]:
         """The stated limits by resource."""
-        stated = {"device": self.device, "host": self.host, "disk": self.disk}
-        return {name: limit for name, limit in stated.items() if limit is not None}
+        return {name: limit for name in RESOURCES if (limit := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -91,14 +89,10 @@ class Choice:
     @cached_property
     def cost(self) -> float:
         """The step's FLOPs, and its bytes at their worth. Units: FLOPs."""
-        work = self.prediction.work
+        flops, bus, disk, ranks = self.prediction.work
         worth = ON_GPU if self.prediction.deployment.on_gpu else ON_HOST
-        flops = (work.train_flops + work.sweep_flops) * (1 if self.config.bf16 else worth.float32)
-        bus, disk, ranks = work.links
-        return flops + worth.bus * bus + worth.disk * disk + worth.ranks * ranks
-
-    def fits(self, budget: Budget) -> bool:
-        return not self.over(budget)
+        counted = flops * (1 if self.config.bf16 else worth.float32)
+        return counted + worth.bus * bus + worth.disk * disk + worth.ranks * ranks
 
     def over(self, budget: Budget) -> list[str]:
         """The resources that there is too little of."""
@@ -141,10 +135,10 @@ def cheapest_fitting(found: list[Choice], budget: Budget) -> Choice | None:
     """
     by_cost = sorted(found, key=lambda choice: choice.cost)
     # Memory is predicted for the cheap ones alone, until one fits.
-    cheapest = next((choice for choice in by_cost if choice.fits(budget)), None)
+    cheapest = next((choice for choice in by_cost if not choice.over(budget)), None)
     if cheapest is None:
         return None
-    return next(choice for choice in found if choice.cost <= SAME_COST * cheapest.cost and choice.fits(budget))
+    return next(choice for choice in found if choice.cost <= SAME_COST * cheapest.cost and not choice.over(budget))
 
 
 def candidates(
@@ -160,10 +154,9 @@ def candidates(
         name: replace(prediction, deployment=Deployment(budget.device is not None, budget.gpus, zero=split), memo={})
         for name, split in splits.items()
     }
-    axes = [*_axes(prediction.config, budget), [{"deepspeed": name} for name in bases]]
-    batches = _batches(prediction.config, budget)
     kept = _kept(prediction.config, given)
-    for options in product(*(_without_repeats(axis, kept) for axis in axes), batches):
+    axes = [_with_kept(axis, kept) for axis in _axes(prediction.config, budget)]
+    for options in product(*axes, _values("deepspeed", *bases), _batches(prediction.config, budget)):
         knobs = {key: value for option in options for key, value in option.items()}
         varied = bases[knobs["deepspeed"]].varied(**knobs)
         if _keeps_cap(varied):
@@ -177,7 +170,8 @@ def _axes(config: PlanConfig, budget: Budget) -> Iterator[list[dict[str, Any]]]:
     yield _values("bf16", *([config.bf16] if config.bf16 or not on_gpu else [False, True]))
     if config.method == "projected":
         yield _values("base_precision", *(["stored", "int8"] if config.base_precision == "stored" else ["int8"]))
-        yield [state for state in _STATES if _allowed(config, state)]
+        # No more exact than what was asked for.
+        yield list(_STATES if (config.record_dtype, config.moments) == ("float32", "32bit") else _STATES[1:])
         yield _values("residency", *(["device", "cpu", "disk"] if on_gpu else ["cpu", "disk"]))
         yield _values("base_home", *(["disk", "cpu", "device"] if on_gpu else ["disk", "cpu"]))
     yield _values("gradient_home", *(["device", "cpu"] if budget.gpus == 1 and on_gpu else ["device"]))
@@ -188,7 +182,7 @@ def _values(knob: str, *values: Any) -> list[dict[str, Any]]:
     return [{knob: value} for value in values]
 
 
-def _without_repeats(axis: list[dict[str, Any]], kept: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _with_kept(axis: list[dict[str, Any]], kept: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The options of an axis with the knobs in them that are kept, each once."""
     options = [{key: kept.get(key, value) for key, value in option.items()} for option in axis]
     return [option for position, option in enumerate(options) if option not in options[:position]]
@@ -201,16 +195,8 @@ def _kept(config: PlanConfig, given: Collection[str]) -> dict[str, Any]:
 def _keeps_cap(prediction: Prediction) -> bool:
     """True if records keep `pinned_memory`, as projection/residency.py asks."""
     config, owned = prediction.config, prediction.owned
-    if config.pinned_memory is None or config.residency == "device":
-        return True
-    return (owned.records if config.residency == "cpu" else owned.largest) <= parse_bytes(config.pinned_memory)
-
-
-def _allowed(config: PlanConfig, state: Mapping[str, str]) -> bool:
-    """True if records in this format are no more exact than those that were asked for."""
-    return not (config.record_dtype == "bfloat16" and state["record_dtype"] == "float32") and not (
-        config.moments == "8bit" and state["moments"] == "32bit"
-    )
+    pinned = {"device": 0, "cpu": owned.records, "disk": owned.largest}[config.residency]
+    return config.pinned_memory is None or pinned <= parse_bytes(config.pinned_memory)
 
 
 def _batches(config: PlanConfig, budget: Budget) -> list[dict[str, Any]]:
@@ -227,12 +213,10 @@ def _explain_refusal(found: list[Choice], config: PlanConfig, budget: Budget, gi
     limits = budget.limits
     least = ", ".join(f"{RESOURCES[name]} {format_bytes(min(c.needs[name] for c in found))}" for name in limits)
     # What each resource must be where the others stay as they are.
-    alone = {
-        name: min((c.needs[name] for c in found if set(c.over(budget)) <= {name}), default=None) for name in limits
-    }
-    possible = {name: needed for name, needed in alone.items() if needed is not None}
+    alone = {name: [c.needs[name] for c in found if c.over(budget) == [name]] for name in limits}
+    possible = {name: min(needs) for name, needs in alone.items() if needs}
     stated = ", ".join(f"{RESOURCES[name]} {format_bytes(limit)}" for name, limit in limits.items())
-    kept = "".join(f", with {key}: {_word(value)}" for key, value in _kept(config, given).items())
+    kept = "".join(f", with {key}: {str(value).lower()}" for key, value in _kept(config, given).items())
     message = f"nothing fits {stated}{kept}. The least that any settings need of each: {least}. "
     if not possible:
         return message + "More than one of them is too small; a smaller keep or sequence_length needs less."
@@ -249,36 +233,27 @@ def reasons(choice: Choice, default: PlanConfig, budget: Budget) -> dict[str, st
             continue
         changes = {key: other}
         if key == "per_device_train_batch_size":
-            each = choice.config.sequences_per_step
-            if each % other:
+            changes["gradient_accumulation_steps"], rest = divmod(choice.config.sequences_per_step, other)
+            if rest:
                 continue
-            changes["gradient_accumulation_steps"] = each // other
         instead = Choice(choice.prediction.varied(**changes))
         over = instead.over(budget)
         if over:
             taken, limit = format_bytes(instead.needs[over[0]]), format_bytes(budget.limits[over[0]])
-            found[key] = f"{_word(other)} would take {taken} of {limit} {RESOURCES[over[0]]}"
+            found[key] = f"{str(other).lower()} would take {taken} of {limit} {RESOURCES[over[0]]}"
         else:
-            found[key] = f"{_word(other)} fits too, and {_compared(instead, choice)}"
+            found[key] = f"{str(other).lower()} fits too, and {_compared(instead, choice)}"
     return found
 
 
 def _compared(instead: Choice, choice: Choice) -> str:
     """The operations and bytes of other settings that the chosen ones save."""
-    ours, others = choice.prediction.work, instead.prediction.work
-    flops = (others.train_flops + others.sweep_flops) / (ours.train_flops + ours.sweep_flops)
+    (own_flops, *own_bytes), (other_flops, *other_bytes) = choice.prediction.work, instead.prediction.work
+    flops = other_flops / own_flops
     bus = "over the bus" if choice.prediction.deployment.on_gpu else "within memory"
-    links = (bus, "to and from the disk", "between ranks")
-    moved = [
-        f"{format_bytes(other - own)} more {where}"
-        for where, own, other in zip(links, ours.links, others.links, strict=True)
-        if other > own
-    ]
+    links = zip((bus, "to and from the disk", "between ranks"), own_bytes, other_bytes, strict=True)
+    moved = [f"{format_bytes(other - own)} more {where}" for where, own, other in links if other > own]
     parts = ["computes in float32"] if choice.config.bf16 and not instead.config.bf16 else []
     parts += [f"computes {flops:.2f} × the FLOPs"] if flops >= SAME_COST else []
     parts += [f"moves {' and '.join(moved)} a step"] if moved else []
     return ", ".join(parts) or "costs about the same"
-
-
-def _word(value: Any) -> str:
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 FLOAT_BYTES = 4
@@ -63,7 +62,7 @@ class Deployment:
     ranks_of_a_host: int | None = None
     zero: ModelSplit | None = None
 
-    @cached_property
+    @property
     def sharing(self) -> int:
         """Ranks on one host."""
         return min(self.ranks, self.ranks_of_a_host or self.ranks)

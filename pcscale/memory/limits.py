@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import psutil
 
@@ -45,8 +46,7 @@ class Limit:
     source: str
 
 
-@dataclass(frozen=True)
-class _Bound:
+class _Bound(NamedTuple):
     """One limit on host memory, and how to see what counts against it now (None: it cannot be read)."""
 
     num_bytes: int
@@ -68,19 +68,16 @@ def host_limit(root: Path = _ROOT) -> Limit:
 def host_in_use(root: Path = _ROOT) -> int:
     """Memory that counts now against the limit that `host_limit` names, page cache aside, whichever processes hold it;
     where that cannot be read, all that the machine has in use."""
-    problems: list[str] = []
-    used = _smallest(root, problems).in_use()
-    _warn(problems)
+    used = _smallest(root, []).in_use()
     return _machine_in_use() if used is None else used
 
 
 def host_left(root: Path = _ROOT) -> Limit:
     """The least that any limit on host memory leaves now: not always the smallest one, which others may not share."""
     problems: list[str] = []
-    bounds = [(bound, bound.in_use()) for bound in _bounds(root, problems)]
-    num_bytes, source = min(
-        (max(0, bound.num_bytes - used), bound.source) for bound, used in bounds if used is not None
-    )
+    bounds = _bounds(root, problems)
+    left = [(max(0, bound.num_bytes - used), bound.source) for bound in bounds if (used := bound.in_use()) is not None]
+    num_bytes, source = min(left)
     return Limit(num_bytes, _sourced(source, problems))
 
 
@@ -93,25 +90,24 @@ def disk_free(path: Path) -> Limit:
         except (FileNotFoundError, NotADirectoryError):
             folder = folder.parent
         except OSError as error:
-            return Limit(None, _sourced("unknown", [f"{folder}: {error.strerror}"]))
+            problem = f"{folder}: {error.strerror}"
+            _warn_once(problem)
+            return Limit(None, _sourced("unknown", [problem]))
 
 
 def device_limit(root: Path = _ROOT) -> Limit:
     """The memory of this process's GPU. torch is imported only where it is already, or where there is a GPU."""
-    if "torch" not in sys.modules and not any((root / name).exists() for name in _GPU_FILES):
-        return Limit(None, "no GPU")
-    import torch
+    if "torch" in sys.modules or any((root / name).exists() for name in _GPU_FILES):
+        import torch
 
-    if not torch.cuda.is_available():
-        return Limit(None, "no GPU")
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Limit(device.total_memory, device.name)
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_properties(torch.cuda.current_device())
+            return Limit(device.total_memory, device.name)
+    return Limit(None, "no GPU")
 
 
 def device_in_use() -> int:
-    """Memory of this process's GPU that all processes hold; 0 where there is none."""
-    if device_limit().num_bytes is None:
-        return 0
+    """Memory of this process's GPU, which there must be, that all processes hold."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
@@ -131,15 +127,15 @@ def _bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
     ):
         soft = resource.getrlimit(kind)[0]
         if 0 <= soft < _UNLIMITED_BYTES:
-            yield _Bound(soft, name, partial(_process_bytes, counter))
+            yield _Bound(soft, name, lambda counter=counter: getattr(psutil.Process().memory_info(), counter, None))
 
 
 def _cgroup_bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
     """The limits of the process's memory cgroup and of its ancestors, as far as a container sees them."""
     lines = [line.split(":", 2) for line in (_read(root / "proc/self/cgroup", problems, False) or "").splitlines()]
     paths = {parts[1]: parts[2] for parts in lines if len(parts) == 3}
-    v1 = next((path for controllers, path in paths.items() if "memory" in controllers.split(",")), None)
-    path = paths.get("") if v1 is None else v1
+    v1 = next((controllers for controllers in paths if "memory" in controllers.split(",")), None)
+    path = paths.get(v1 or "")
     if path is None:
         return
     mount, names, held = _V2 if v1 is None else _V1
@@ -151,7 +147,7 @@ def _cgroup_bounds(root: Path, problems: list[str]) -> Iterator[_Bound]:
             # The topmost group has no such file, nor has one whose memory nobody controls.
             text = (_read(folder / name, problems, needed=False) or "max").strip()
             if text != "max" and not text.isdecimal():
-                problems.append(f"{folder / name} holds {text[:40]!r}")
+                _note(f"{folder / name} holds {text[:40]!r}", problems)
             elif text != "max" and int(text) < _UNLIMITED_BYTES:
                 label = f"cgroup {PurePosixPath('/') / part}, {name}"
                 yield _Bound(int(text), label, partial(_held, folder, held, problems))
@@ -163,12 +159,8 @@ def _held(folder: Path, names: tuple[str, ...], problems: list[str]) -> int | No
     pairs = [line.split() for line in (text or "").splitlines()]
     stat = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
     if text is not None and names[0] not in stat:
-        problems.append(f"{folder / 'memory.stat'} states no {names[0]}")
+        _note(f"{folder / 'memory.stat'} states no {names[0]}", problems)
     return sum(stat.get(name, 0) for name in names) if names[0] in stat else None
-
-
-def _process_bytes(counter: str) -> int | None:
-    return getattr(psutil.Process().memory_info(), counter, None)
 
 
 def _machine_in_use() -> int:
@@ -182,19 +174,18 @@ def _read(path: Path, problems: list[str], needed: bool = True) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         if needed or not isinstance(error, FileNotFoundError | NotADirectoryError):
-            problems.append(f"{path}: {error.strerror}")
+            _note(f"{path}: {error.strerror}", problems)
         return None
 
 
 def _sourced(source: str, problems: list[str]) -> str:
     """The source, with what it was found without."""
-    _warn(problems)
     return f"{source} (not read: {'; '.join(dict.fromkeys(problems))})" if problems else source
 
 
-def _warn(problems: list[str]) -> None:
-    for problem in problems:
-        _warn_once(problem)
+def _note(problem: str, problems: list[str]) -> None:
+    problems.append(problem)
+    _warn_once(problem)
 
 
 @cache

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from pcscale.common.allocator import trim_heap
 from pcscale.common.ledger import CONTEXT, LIBRARIES, WORKING, ledger
 from pcscale.memory.process import anonymous_bytes, file_bytes, unique_bytes, written_bytes
@@ -36,11 +38,6 @@ class Series:
         self._stretch = self._left = 1
         """Samples that make one kept sample, and how many of them are still to come."""
         self._thin_out()
-
-    @property
-    def last_seconds(self) -> float:
-        """The time of the last sample; 0 before the first."""
-        return self.samples[-1].seconds if self.samples else 0.0
 
     def add(self, sample: Sample) -> None:
         """Take a sample, later than all others."""
@@ -89,8 +86,9 @@ class MemoryMeter:
         self._phase: str | None = None
         self._stage: str | None = None
         self._libraries = self._context = 0
-        self._began = self._stage_began = time.monotonic()
-        self._earlier_seconds = series.last_seconds
+        self._stage_began = time.monotonic()
+        self._began = self._stage_began - (series.samples[-1].seconds if series.samples else 0)
+        """The beginning of the series on this process's clock."""
         self._written = 0
 
     @contextmanager
@@ -100,7 +98,7 @@ class MemoryMeter:
         self.mark_idle()
         usage = self.phases.setdefault(name, Usage())
         self._phase, self._stage, self._written = name, None, written_bytes()
-        started = self._stage_began = time.monotonic()
+        self._stage_began = time.monotonic()
         stop = threading.Event()
         sampler = threading.Thread(target=self._watch, args=(stop,), daemon=True)
         _reset_device_peak()
@@ -114,7 +112,6 @@ class MemoryMeter:
             sampler.join()
             self.change(None)
             _raise_peaks(usage.peak, host_unique=unique_bytes())
-            usage.seconds += time.monotonic() - started
             self._phase = None
 
     def _watch(self, stop: threading.Event) -> None:
@@ -136,7 +133,6 @@ class MemoryMeter:
             for usage in self._current():
                 usage.peak.written += written - self._written
                 _raise_peaks(usage.peak, **_device_peaks(self._context))
-            for usage in self._current()[1:]:
                 usage.seconds += now - self._stage_began
             self._stage, self._stage_began, self._written = stage, now, written
             _reset_device_peak()
@@ -158,8 +154,7 @@ class MemoryMeter:
                 _raise_peaks(usage.peak, host_anonymous=anonymous, host_file=file_bytes(), pinned=pinned)
                 _raise_components(usage, "host", host)
                 _raise_components(usage, "device", device)
-            seconds = self._earlier_seconds + time.monotonic() - self._began
-            self.series.add(Sample(seconds, self._phase, self._stage, host, device))
+            self.series.add(Sample(time.monotonic() - self._began, self._phase, self._stage, host, device))
         if self._watchdog is not None:
             self._watchdog.look(host, device)
 
@@ -173,8 +168,6 @@ class MemoryMeter:
         # Memory that was taken but not written to yet is not there: the difference may be less than nothing.
         host[WORKING] = max(0, anonymous - sum(host.values()))
         if _on_gpu():
-            import torch
-
             device[WORKING] = max(0, torch.cuda.memory_allocated() - sum(device.values()))
             device[CONTEXT] = self._context
         return host, device
@@ -202,8 +195,6 @@ def allocator_snapshot(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    import torch
-
     torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     try:
         yield
@@ -213,15 +204,11 @@ def allocator_snapshot(path: Path | None) -> Iterator[None]:
 
 
 def _on_gpu() -> bool:
-    import torch
-
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def _reset_device_peak() -> None:
     if _on_gpu():
-        import torch
-
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -229,8 +216,6 @@ def _context_bytes() -> int:
     """Device memory beside torch's allocator: the context, and what other processes hold."""
     if not _on_gpu():
         return 0
-    import torch
-
     free, total = torch.cuda.mem_get_info()
     return max(0, total - free - torch.cuda.memory_reserved())
 
@@ -238,7 +223,5 @@ def _context_bytes() -> int:
 def _device_peaks(context: int) -> dict[str, int]:
     if not _on_gpu():
         return {}
-    import torch
-
     peaks = {"device": torch.cuda.max_memory_allocated(), "device_reserved": torch.cuda.max_memory_reserved()}
     return {name: num_bytes + context for name, num_bytes in peaks.items()}

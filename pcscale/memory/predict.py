@@ -5,7 +5,7 @@ Needs no torch. The parts of memory are in memory/stages.py.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from pcscale.common import ledger
 from pcscale.common.sizes import CACHED_PROBABILITY_BYTES, HIDDEN_BUDGET_BYTES, token_bytes
@@ -14,19 +14,45 @@ from pcscale.memory import working
 from pcscale.memory.deployment import FLOAT_BYTES, Parts, total
 from pcscale.memory.shared import KNOBS, shared
 from pcscale.memory.stages import Stages, working_parts
-from pcscale.memory.work import Work
 from pcscale.projection.layout import trainable_values
 
-PHASES = ("calibrate", "train", "merge", "evaluate")
+RECOMPUTED_SHARE = 1 / 3
+"""Share of a layer's forward and backward that computing its activations again adds."""
 TRAIN = "train"
 PUBLISHED_BYTES = 16
 """A trainable value in the published form: a float32 value, its gradient and two moments."""
+ALTERNATIVES = {
+    "published form": "the base, 16 bytes a trainable value, the composed weights with their gradients, "
+    "and activations",
+    "hard pruning": "16 bytes a parameter of the compressed model, and activations",
+    "this run": "all that training holds on devices and hosts, libraries too",
+}
+"""Ways to train, with the memory that is counted."""
 
 
 def totals(parts: Parts) -> dict[str, int]:
     """`{device_bytes, host_bytes}`, pinned memory counted as the host's."""
     held = parts.values()
     return {"device_bytes": total(held, "device"), "host_bytes": total(held, "host", "pinned")}
+
+
+class Work(NamedTuple):
+    """One rank's step, computed and moved: settings are ranked by it.
+
+    Not counted: evaluations and checkpoints; host memory as a cache of files (what lives on disk is read from the disk
+    in every step).
+
+    Attributes:
+        flops: forward and backward, with what is computed twice, the teacher's forward, and products of the sweep.
+        bus_bytes: between host and device; without a GPU from memory to memory while the sweep runs.
+        disk_bytes: base weights, records, and what teaches, of all ranks, which share the disk.
+        rank_bytes: sent to other ranks.
+    """
+
+    flops: float
+    bus_bytes: float
+    disk_bytes: float
+    rank_bytes: float
 
 
 @dataclass(frozen=True)
@@ -55,20 +81,16 @@ class Prediction(Stages):
 
         The device's and the host's peak may be in different stages.
         """
-        found = {"calibrate": totals(self.calibrate), "merge": totals(self.merge), "evaluate": totals(self.evaluate)}
+        found = {phase: totals(parts) for phase, parts in self.phases.items()}
         stages = [totals(parts) for parts in self.training.values()]
         found[TRAIN] = {key: max(stage[key] for stage in stages) for key in ("device_bytes", "host_bytes")}
-        return {phase: {**found[phase], "disk_bytes": sum(self.disk[phase].values())} for phase in PHASES}
+        return {phase: {**found[phase], "disk_bytes": sum(self.disk[phase].values())} for phase in found}
 
     @property
     def needs(self) -> dict[str, int]:
         """Peaks over all phases: `device` of each, `host` with all its ranks, `disk`. Units: bytes."""
-        peaks = self.peaks.values()
-        return {
-            "device": max(peak["device_bytes"] for peak in peaks),
-            "host": max(peak["host_bytes"] for peak in peaks) * self.deployment.sharing,
-            "disk": max(peak["disk_bytes"] for peak in peaks),
-        }
+        ranks = {"device": 1, "host": self.deployment.sharing, "disk": 1}
+        return {name: max(peak[f"{name}_bytes"] for peak in self.peaks.values()) * ranks[name] for name in ranks}
 
     @property
     def _records_in_files(self) -> bool:
@@ -78,27 +100,16 @@ class Prediction(Stages):
     def disk(self) -> dict[str, dict[str, int]]:
         """The most that lies in the run folder, by phase. Units: bytes."""
         config, in_files = self.config, self._records_in_files
+        records, spare = self.record_bytes
         coded = {"8-bit base": self.base_bytes * (config.base_precision == "int8")}
-        one = self.checkpoint_bytes
-        rebuilt = 2 * self.plan.num_layers * self.rebuilt_values
-        kept = {**coded, "checkpoints": one * config.keep_checkpoints, "merged model": self.merged_bytes}
-        return {
-            "calibrate": {"rebuilt channels": rebuilt},
-            TRAIN: {
-                **coded,
-                "rebuilt channels": rebuilt,
-                "records and moments": self.record_bytes[0] * in_files,
-                "spare files": self.record_bytes[1] * in_files,
-                "checkpoints": one * (config.keep_checkpoints + 1),
-            },
-            "merge": kept,
-            "evaluate": kept,
-        }
-
-    @property
-    def merged_bytes(self) -> int:
-        """The finished model, in the base's dtype."""
-        return self.plan.parameters * self.stored_bytes
+        rebuilt = {"rebuilt channels": 2 * self.plan.num_layers * self.rebuilt_values}
+        in_place = {"records and moments": records * in_files, "spare files": spare * in_files}
+        checkpoints = {"checkpoints": self.checkpoint_bytes * (config.keep_checkpoints + 1)}
+        # The merged model has the base's dtype.
+        merged = {"merged model": self.plan.parameters * self.stored_bytes}
+        kept = coded | {"checkpoints": self.checkpoint_bytes * config.keep_checkpoints} | merged
+        train = coded | rebuilt | in_place | checkpoints
+        return {"calibrate": rebuilt, TRAIN: train, "merge": kept, "evaluate": kept}
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -173,17 +184,21 @@ class Prediction(Stages):
             # Each further micro batch reduces again from stage 2 on, and gathers the weights again at stage 3.
             weights = plan.parameters * self.weight_bytes
             sent += again * (gradient_bytes * (zero.stage >= 2) + weights * (zero.stage == 3)) * (ranks > 1)
-        return Work(
-            train_flops=self.train_flops,
-            sweep_flops=sum(self.sweep_flops) / ranks,
-            bus_bytes=over_bus / ranks,
-            gradient_bytes=passing * on_gpu,
-            disk_read_bytes=moved["base"] * (config.base_home == "disk")
-            + moved["records_read"] * self._records_in_files
-            + teacher,
-            disk_written_bytes=moved["records_written"] * self._records_in_files,
-            rank_bytes=sent,
-        )
+        disk_bytes = moved["base"] * (config.base_home == "disk") + records * self._records_in_files + teacher
+        flops = self._train_flops + sum(self.sweep_flops) / ranks
+        return Work(flops, over_bus / ranks + passing * on_gpu, disk_bytes, sent)
+
+    @shared("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
+    def _train_flops(self) -> float:
+        """Operations of a rank's forward and backward in a step, with what is computed twice, and of the teacher's."""
+        plan, config, distill = self.plan, self.config, self.config.distill
+        layers = 6 * working.forward_products(plan, config) * (1 + RECOMPUTED_SHARE * config.gradient_checkpointing)
+        # The loss computes its logits again in the backward pass, always; the teacher's where all of them count.
+        token = layers + 8 * plan.sizes[RESIDUAL] * plan.sizes[VOCAB]
+        if distill is not None and distill.cache is None:
+            head = plan.base_sizes[RESIDUAL] * plan.base_sizes[VOCAB] * (2 if distill.top_k is None else 1)
+            token += 2 * (working.forward_products(plan, config, of_base=True) + head)
+        return config.tokens_per_step * token
 
     @property
     def alternatives(self) -> dict[str, dict[str, Any]]:
@@ -195,62 +210,38 @@ class Prediction(Stages):
         base = plan.base_parameters * self.stored_bytes
         composed = 2 * FLOAT_BYTES * self.matrix_values
         own = max(sum(totals(parts).values()) for parts in self.training.values())
+        published = base + PUBLISHED_BYTES * values + composed + same
+        needed = (published, PUBLISHED_BYTES * plan.parameters + same, own * self.deployment.ranks)
         return {
-            "published form": {
-                "bytes": base + PUBLISHED_BYTES * values + composed + same,
-                "of": "the base, 16 bytes a trainable value, the composed weights with their gradients, "
-                "and activations",
-            },
-            "hard pruning": {
-                "bytes": PUBLISHED_BYTES * plan.parameters + same,
-                "of": "16 bytes a parameter of the compressed model, and activations",
-            },
-            "this run": {
-                "bytes": own * self.deployment.ranks,
-                "of": "all that training holds on devices and hosts, libraries too",
-            },
+            name: {"bytes": size, "of": ALTERNATIVES[name]} for name, size in zip(ALTERNATIVES, needed, strict=True)
         }
 
     def document(self, base_name: str) -> dict[str, Any]:
         """The contents of plan.json, which `pcscale plan --json` prints."""
-        plan, config = self.plan, self.config
-        largest = {
-            name: max((parts[name] for parts in self.training.values() if name in parts), key=lambda p: p.num_bytes)
-            for name in dict.fromkeys(name for parts in self.training.values() for name in parts)
-        }
-        compose, pull_back = self.sweep_flops
+        plan = self.plan
+        base = {"name": base_name, "family": plan.family.name, "parameters": plan.base_parameters, "tied": plan.tied}
+        largest: Parts = {}
+        for name, part in (entry for parts in self.training.values() for entry in parts.items()):
+            largest[name] = max(largest.get(name, part), part, key=lambda part: part.num_bytes)
+        stages = {name: _document(parts) for name, parts in self.training.items()}
+        (compose, pull_back), per_token = self.sweep_flops, plan.train_flops_per_token(self.config.sequence_length)
         return {
-            "base": {
-                "name": base_name,
-                "family": plan.family.name,
-                "parameters": plan.base_parameters,
-                "tied": plan.tied,
-            },
+            "base": base,
             "compressed": {
                 "hidden_size": plan.hidden_size,
                 "intermediate_size": plan.intermediate_size,
                 "parameters": plan.parameters,
                 "keep_fraction": plan.keep_fraction,
             },
-            "trainable": {
-                "parameters": self.record_values + self.direct_values,
-                "bytes": self.checkpoint_bytes,
-            },
-            "flops": {
-                "compose_per_step": compose,
-                "pull_back_per_step": pull_back,
-                "train_per_token": plan.train_flops_per_token(config.sequence_length),
-            },
+            "trainable": {"parameters": self.record_values + self.direct_values, "bytes": self.checkpoint_bytes},
+            "flops": {"compose_per_step": compose, "pull_back_per_step": pull_back, "train_per_token": per_token},
             "moved": self.moved,
             "written_bytes_per_step": self.written_bytes_per_step,
             "communicated_bytes_per_step": self.communicated_bytes_per_step,
             "memory": _document(largest),
             "peak": self.peaks,
             "phases": {
-                phase: {
-                    "components": _document(parts),
-                    "stages": {name: _document(held) for name, held in self.training.items()} if phase == TRAIN else {},
-                }
+                phase: {"components": _document(parts), "stages": stages if phase == TRAIN else {}}
                 for phase, parts in self.phases.items()
             },
             "disk": self.disk,

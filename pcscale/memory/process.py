@@ -4,9 +4,9 @@ import re
 import threading
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 import psutil
+import torch
 
 from pcscale.common.console import console
 from pcscale.run.record import Machine
@@ -85,9 +85,7 @@ class AnonymousPeak:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stop.set()
         self._thread.join()
         self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
@@ -95,8 +93,6 @@ class AnonymousPeak:
 
 def machine() -> Machine:
     """The machine that figures are measured on."""
-    import torch
-
     model = re.search(r"model name\s*:\s*(.+)", _CPU_INFO.read_text()) if _CPU_INFO.exists() else None
     return Machine(
         cpu=model[1] if model else "unknown",

@@ -11,24 +11,15 @@ from pcscale.config.schema import PlanConfig
 from pcscale.families.axes import FFN
 from pcscale.families.hf_config import stored_dtype
 from pcscale.families.plan import Plan, PlannedWeight, Shapes
-from pcscale.memory import work, working
+from pcscale.memory import working
 from pcscale.memory.deployment import FLOAT_BYTES, ONE_GPU, Deployment
 from pcscale.projection.costs import sweep_flops, visit_flops
-from pcscale.projection.layout import AHEAD, overlap_bytes, record_format, record_layout, trainable_values
+from pcscale.projection.layout import AHEAD, overlap_bytes, record_bytes, record_format, record_layout, trainable_values
 from pcscale.projection.owners import rounds
 
 KNOBS = (
-    "bf16",
-    "base_precision",
-    "record_dtype",
-    "moments",
-    "residency",
-    "base_home",
-    "gradient_home",
-    "gradient_checkpointing",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "deepspeed",
+    *("bf16", "base_precision", "record_dtype", "moments", "residency", "base_home", "gradient_home"),
+    *("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed"),
 )
 """The settings that change what a run takes and not what it computes, most exact choices first: of settings that cost
 about the same the first in this order is chosen. They are all that predictions with one memo differ in."""
@@ -137,9 +128,9 @@ class SharedSizes:
     @shared("base_precision", "record_dtype", "moments")
     def record_bytes(self) -> tuple[int, int]:
         """All records of all ranks, and one of each size."""
-        form, alike = record_format(self.config), self.plan.alike
-        sizes = [sum(spec.num_bytes for spec in record_layout(planned, form).values()) for planned, _ in alike]
-        return sum(size * count for size, (_, count) in zip(sizes, alike, strict=True)), sum(set(sizes))
+        form = record_format(self.config)
+        sizes = [(record_bytes(planned, form), count) for planned, count in self.plan.alike]
+        return sum(size * count for size, count in sizes), sum({size for size, _ in sizes})
 
     @shared()
     def record_values(self) -> int:
@@ -152,11 +143,6 @@ class SharedSizes:
         """Trainable values without a record: norms and biases; for hard pruning everything."""
         return self.plan.parameters - self.matrix_values * self.projects
 
-    @shared("gradient_checkpointing", "per_device_train_batch_size", "gradient_accumulation_steps")
-    def train_flops(self) -> float:
-        """Operations of one rank's forward and backward in a step."""
-        return work.train_flops(self.plan, self.config)
-
     @shared()
     def sweep_flops(self) -> tuple[int, int]:
         """Operations of composing and of pulling back, of all ranks; 0 for hard pruning."""
@@ -168,10 +154,8 @@ class SharedSizes:
         """The sizes of the rank that holds most."""
         form, of_shapes = record_format(self.config), {}
         for planned, _ in self.plan.alike:
-            layout = record_layout(planned, form)
-            moments = sum(spec.num_bytes for name, spec in layout.items() if "." in name)
-            record = sum(spec.num_bytes for spec in layout.values())
-            of_shapes[planned.shapes] = record, moments, self._kept_bytes(planned)
+            moments = sum(spec.num_bytes for name, spec in record_layout(planned, form).items() if "." in name)
+            of_shapes[planned.shapes] = record_bytes(planned, form), moments, self._kept_bytes(planned)
         found = []
         for shapes in self._owned_shapes:
             records, moments, base = ([of_shapes[pair][part] for pair in shapes] for part in range(3))

@@ -13,18 +13,15 @@ CALM_SHARE = 0.90
 """Below this share a warning may be given again."""
 INTERVAL_SECONDS = 1.0
 
-Look = Callable[[], int]
-"""The bytes in use that count against a limit, seen now."""
-
 
 class Watchdog:
     """Compares memory in use with its limits.
 
     Args:
-        limits: the limits on `host` and `device` memory, and how to see how much of each is in use.
+        limits: the limits on `host` and `device` memory, and how to see the bytes in use that count against each.
     """
 
-    def __init__(self, limits: dict[str, tuple[Limit, Look]]) -> None:
+    def __init__(self, limits: dict[str, tuple[Limit, Callable[[], int]]]) -> None:
         self._limits = limits
         self._warned: set[str] = set()
         self._next_look = 0.0
@@ -39,21 +36,17 @@ class Watchdog:
             return
         self._next_look = time.monotonic() + INTERVAL_SECONDS
         for memory, components in (("host", host), ("device", device)):
-            limit, in_use = self._limits.get(memory, (None, None))
-            if limit is None or limit.num_bytes is None or in_use is None:
+            limit, in_use = self._limits[memory]
+            if limit.num_bytes is None:
                 continue
             used = in_use()
             if used < CALM_SHARE * limit.num_bytes:
                 self._warned.discard(memory)
             elif used >= NEAR_SHARE * limit.num_bytes and memory not in self._warned:
                 self._warned.add(memory)
-                console.warn(_message(memory, used, limit, components))
-
-
-def _message(memory: str, used: int, limit: Limit, components: dict[str, int]) -> str:
-    largest = max(components, key=lambda name: components[name], default=None)
-    part = f"; the largest part of this run is {largest} ({format_bytes(components[largest])})" if largest else ""
-    return (
-        f"{memory} memory is nearly full: {format_bytes(used)} of {format_bytes(limit.num_bytes or 0)} "
-        f"({limit.source}){part}. Ctrl-C writes a checkpoint; `pcscale plan` shows what would need less."
-    )
+                size, name = max(((size, name) for name, size in components.items()), default=(0, ""))
+                largest = f"; the largest part of this run is {name} ({format_bytes(size)})" if name else ""
+                console.warn(
+                    f"{memory} memory is nearly full: {format_bytes(used)} of {format_bytes(limit.num_bytes)} "
+                    f"({limit.source}){largest}. Ctrl-C writes a checkpoint; `pcscale plan` shows what would need less."
+                )

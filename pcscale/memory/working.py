@@ -2,10 +2,11 @@
 torch."""
 
 import math
+from collections import Counter
 
-from pcscale.common.sizes import LOGIT_CHUNK_VALUES, MERGE_BLOCK
+from pcscale.common.sizes import MERGE_BLOCK
 from pcscale.config.schema import PlanConfig
-from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL, VOCAB, Sizes
+from pcscale.families.axes import FFN, HEAD_DIM, KV_HEADS, Q_HEADS, RESIDUAL
 from pcscale.families.plan import Plan, PlannedWeight
 from pcscale.families.spec import Kind
 from pcscale.memory.deployment import FLOAT_BYTES
@@ -22,6 +23,16 @@ def micro_batch_tokens(config: PlanConfig) -> int:
     return config.per_device_train_batch_size * config.sequence_length
 
 
+def forward_products(plan: Plan, config: PlanConfig, of_base: bool = False) -> int:
+    """Multiplications of one token's way through all layers of the compressed model, or of the base."""
+    sizes = plan.base_sizes if of_base else plan.sizes
+    alike = [
+        (planned.shapes[not of_base], count) for planned, count in plan.alike if planned.weight.kind is Kind.LINEAR
+    ]
+    linear = sum(math.prod(shape) * count for shape, count in alike)
+    return linear + plan.num_layers * sizes[Q_HEADS] * config.sequence_length
+
+
 def layer_activation_bytes(plan: Plan, config: PlanConfig) -> int:
     """Activations of one micro batch that one layer keeps for its backward pass.
 
@@ -31,7 +42,8 @@ def layer_activation_bytes(plan: Plan, config: PlanConfig) -> int:
     """
     sizes, value = plan.sizes, weight_bytes(config)
     norm = 2 * value + FLOAT_BYTES if value < FLOAT_BYTES else 3 * value
-    norms = _layer_norms(plan)
+    counted = [weight for weight in plan.family.layer if weight.kind is Kind.NORM]
+    norms = Counter(weight.axes[0] for weight in counted if weight.when is None or weight.when(plan.base_config))
     heads = sizes[Q_HEADS] // sizes[HEAD_DIM]
     values = norms[RESIDUAL] * norm * sizes[RESIDUAL]
     # Of a norm over heads the rotation keeps nothing.
@@ -39,15 +51,6 @@ def layer_activation_bytes(plan: Plan, config: PlanConfig) -> int:
     values += 2 * value * (sizes[Q_HEADS] + sizes[KV_HEADS]) + FLOAT_BYTES * heads
     values += 4 * value * sizes[FFN]
     return micro_batch_tokens(config) * values
-
-
-def _layer_norms(plan: Plan) -> Sizes:
-    found: Sizes = {RESIDUAL: 0, HEAD_DIM: 0}
-    for weight in plan.family.layer:
-        applies = weight.when is None or weight.when(plan.base_config)
-        if weight.kind is Kind.NORM and applies and weight.axes[0] in found:
-            found[weight.axes[0]] += 1
-    return found
 
 
 def activation_bytes(plan: Plan, config: PlanConfig) -> int:
@@ -62,22 +65,8 @@ def activation_bytes(plan: Plan, config: PlanConfig) -> int:
     return plan.num_layers * layer + outside
 
 
-def one_layer_bytes(sizes: Sizes, config: PlanConfig, value_bytes: int) -> int:
-    """A layer's forward without a backward pass: the ffn's activations beside the residual stream's."""
-    return micro_batch_tokens(config) * (3 * sizes[FFN] + 4 * sizes[RESIDUAL]) * value_bytes
-
-
-def logit_bytes(plan: Plan, config: PlanConfig, copies: int) -> int:
-    """Float32 copies of one chunk of logits."""
-    return copies * min(micro_batch_tokens(config) * plan.sizes[VOCAB], LOGIT_CHUNK_VALUES) * FLOAT_BYTES
-
-
-def block_bytes(planned: PlannedWeight, value_bytes: int) -> int:
-    """The base weight, or a block of its rows, in the dtype of the products."""
-    return _block_rows(planned) * planned.base_shape[1] * value_bytes
-
-
-def _block_rows(planned: PlannedWeight) -> int:
+def block_rows(planned: PlannedWeight) -> int:
+    """Rows of the base weight that a visit works on at a time."""
     return max(block.stop - block.start for block in row_blocks(planned))
 
 
@@ -92,7 +81,7 @@ def visit_bytes(planned: PlannedWeight, form: RecordFormat, value_bytes: int) ->
     copies = 0 if value_bytes == FLOAT_BYTES and form.dtype == "float32" else factors
     if base_out == out:
         # The gradient of one block beside the sum of those before, or the kept columns beside a product.
-        return (copies + max(2 * factors, 2 * _block_rows(planned) * in_)) * value_bytes
+        return (copies + max(2 * factors, 2 * block_rows(planned) * in_)) * value_bytes
     product = out * base_in if out_side_first(*planned.shapes, form.rank) else base_out * in_
     # Gradients beside one product, or the product beside the kept entries that it is added to.
     return (copies + max(factors + product, 2 * product)) * value_bytes

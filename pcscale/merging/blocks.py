@@ -6,6 +6,7 @@ Legend: O, I base sizes of the out and in side; o, i compressed sizes; b a block
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -46,58 +47,38 @@ def compose_into(
     All tensors are most often mapped files. A workspace is used again for the next matrix.
     """
     o, i = out_oi.shape
-    compose = _out_side_first if out_side_first(weight.shape, (o, i), projection.rank) else _in_side_first
-    compose(out_oi, weight, projection, workspace or Workspace())
+    space, base = workspace or Workspace(), weight.shape
+    first = 0 if out_side_first(base, (o, i), projection.rank) else 1
+    then, names, sides = 1 - first, ("out", "in"), (projection.out, projection.in_)
+    side, other = sides[first], sides[then]
 
+    def pair(one: Any, two: Any) -> tuple[Any, Any]:
+        """A shape or an index with `one` at the dim whose side is multiplied first."""
+        return (one, two) if first == 0 else (two, one)
 
-def _in_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, space: Workspace) -> None:
-    O, I = weight.shape
-    for columns in blocks(out_oi.shape[1]):
-        width = columns.stop - columns.start
-        D_Ib = None if p.in_ is None else _factor(p.in_, 1, columns, space.take("in", I, width), space)
-        X_Ob = None if p.out is None else space.take("out", O, width)
-        for rows in blocks(O):
-            height = rows.stop - rows.start
-            x_bb = space.take("result", height, width) if X_Ob is None else X_Ob[rows]
-            if D_Ib is None or p.in_ is None:
-                weight.copy_block(x_bb, rows, columns)
+    for block in blocks(out_oi.shape[first]):
+        size, factor = block.stop - block.start, None
+        if side is not None:
+            factor = _factor(side, first, block, space.take(names[first], *pair(size, base[first])), space)
+        half = None if other is None else space.take(names[then], *pair(size, base[then]))
+        for part in blocks(base[then]):
+            length, index = part.stop - part.start, pair(block, part)
+            result = space.take("result", *pair(size, length)) if half is None else half[pair(slice(None), part)]
+            if side is None or factor is None:
+                weight.copy_block(result, *index)
             else:
-                W_bI = weight.copy_block(space.take("base", height, I), rows)
-                _multiply(x_bb, W_bI, D_Ib, p.in_, 1, columns)
-            if X_Ob is None:
-                out_oi[rows, columns] = x_bb.add_(p.aux[rows, columns])
-        if X_Ob is None or p.out is None:
+                W = weight.copy_block(space.take("base", *pair(base[first], length)), *pair(slice(None), part))
+                _multiply(result, W, factor, side, first, block)
+            if half is None:
+                out_oi[index] = result.add_(projection.aux[index])
+        if half is None or other is None:
             continue
-        for rows in blocks(len(out_oi)):
-            height = rows.stop - rows.start
-            w_bb = space.take("result", height, width)
-            D_bO = _factor(p.out, 0, rows, space.take("base", height, O), space)
-            _multiply(w_bb, X_Ob, D_bO, p.out, 0, rows)
-            out_oi[rows, columns] = w_bb.add_(p.aux[rows, columns])
-
-
-def _out_side_first(out_oi: torch.Tensor, weight: FrozenWeight, p: Projection, space: Workspace) -> None:
-    assert p.out is not None
-    O, I = weight.shape
-    for rows in blocks(len(out_oi)):
-        height = rows.stop - rows.start
-        D_bO = _factor(p.out, 0, rows, space.take("out", height, O), space)
-        Z_bI = None if p.in_ is None else space.take("in", height, I)
-        for columns in blocks(I):
-            width = columns.stop - columns.start
-            z_bb = space.take("result", height, width) if Z_bI is None else Z_bI[:, columns]
-            W_Ob = weight.copy_block(space.take("base", O, width), slice(0, O), columns)
-            _multiply(z_bb, W_Ob, D_bO, p.out, 0, rows)
-            if Z_bI is None:
-                out_oi[rows, columns] = z_bb.add_(p.aux[rows, columns])
-        if Z_bI is None or p.in_ is None:
-            continue
-        for columns in blocks(out_oi.shape[1]):
-            width = columns.stop - columns.start
-            w_bb = space.take("result", height, width)
-            D_Ib = _factor(p.in_, 1, columns, space.take("base", I, width), space)
-            _multiply(w_bb, Z_bI, D_Ib, p.in_, 1, columns)
-            out_oi[rows, columns] = w_bb.add_(p.aux[rows, columns])
+        for part in blocks(out_oi.shape[then]):
+            length, index = part.stop - part.start, pair(block, part)
+            result = space.take("result", *pair(size, length))
+            factor = _factor(other, then, part, space.take("base", *pair(base[then], length)), space)
+            _multiply(result, half, factor, other, then, part)
+            out_oi[index] = result.add_(projection.aux[index])
 
 
 def _factor(side: Side, dim: int, block: slice, result: torch.Tensor, space: Workspace) -> torch.Tensor:

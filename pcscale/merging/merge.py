@@ -22,14 +22,7 @@ from pcscale.base.mapped import MappedBase
 from pcscale.base.resolve import BaseFolder, resolve_base
 from pcscale.common.console import console
 from pcscale.common.errors import BudgetError, RequestError, RunError
-from pcscale.common.files import (
-    TEMPORARY_PREFIX,
-    publish_folder,
-    read_json,
-    readable_os_errors,
-    temporary_beside,
-    write_json,
-)
+from pcscale.common.files import publish_folder, read_json, readable_os_errors, temporary_beside, write_json
 from pcscale.common.units import format_bytes
 from pcscale.families.axes import RESIDUAL
 from pcscale.families.hf_config import CONFIG_NAME
@@ -139,15 +132,8 @@ def merge(
         with trained_weights(checkpoint, manifest, base, output) as weights:
             source = _Source(checkpoint, manifest, base, weights, fixed, outer, dtypes, Workspace())
             bytes_written = _write_folder(source, output, shards, resume)
-    return MergeResult(
-        output=str(output),
-        tensors=len(plan.weights),
-        bytes_written=bytes_written,
-        shards=len(shards),
-        seconds=time.monotonic() - started,
-        peak_anonymous_bytes=peak.peak_bytes,
-        max_memory_bytes=max_memory_bytes,
-    )
+    seconds, num_tensors = time.monotonic() - started, len(plan.weights)
+    return MergeResult(str(output), num_tensors, bytes_written, len(shards), seconds, peak.peak_bytes, max_memory_bytes)
 
 
 def find_base(manifest: Manifest) -> BaseFolder:
@@ -202,7 +188,8 @@ def trained_weights(
     if cache.exists():
         yield Int8Base(base, cache, manifest.coded_fingerprints)
         return
-    with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY_PREFIX}base-", dir=beside.resolve().parent) as scratch:
+    folder = temporary_beside(beside.resolve().with_name("base-"))
+    with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as scratch:
         yield Int8Base(base, Path(scratch) / BASE_CACHE_NAME, manifest.coded_fingerprints)
 
 
@@ -267,7 +254,9 @@ def _write_shard(source: _Source, path: Path, shard: Shard, advance: Callable[[f
             record = ahead.popleft().result()
             ahead.extend(pool.submit(_verified_record, source, later) for later in islice(waiting, 1))
             if record is not None:
-                _compose(source, planned, record, writer[planned.name])
+                projection = projection_of(planned, source.fixed, read_tensors(record))
+                weight = source.weights.weight(planned.name)
+                compose_into(writer[planned.name], weight, projection, source.workspace)
             else:
                 value = source.outer[DIRECT + planned.name]
                 for rows in blocks(len(value)):
@@ -284,11 +273,6 @@ def _verified_record(source: _Source, planned: PlannedWeight) -> Path | None:
     source.base.tensor(planned.name)
     name = record_file(planned.name)
     return source.manifest.file(source.checkpoint, name) if name in source.manifest.files else None
-
-
-def _compose(source: _Source, planned: PlannedWeight, path: Path, out_oi: torch.Tensor) -> None:
-    projection = projection_of(planned, source.fixed, read_tensors(path))
-    compose_into(out_oi, source.weights.weight(planned.name), projection, source.workspace)
 
 
 def _write_sidecars(source: _Source, staging: Path, shards: list[Shard]) -> None:

@@ -6,11 +6,11 @@ each has a stream of its own, so that copies run beside the products.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from pcscale.common.errors import BudgetError
+from pcscale.common.errors import BudgetError, RequestError
 from pcscale.common.units import aligned, format_bytes
 from pcscale.projection.layout import overlap_bytes
 from pcscale.projection.memory_residency import DeviceResidency, HostResidency, Layouts, Traffic, record_size
@@ -33,6 +33,9 @@ class State:
         gradient_home: `cpu` accumulates gradients in host memory, out of `parameter.grad`; clip and clear them with
             `clip_grad_norm_` and `zero_grad` of the optimizer.
         seed: of stochastic rounding, and of the fixed factor of a low rank.
+
+    Raises:
+        RequestError: a word that is none of these, or residency disk without a folder.
     """
 
     residency: Literal["device", "cpu", "disk"] = "device"
@@ -43,6 +46,13 @@ class State:
     projection_rank: int | None = None
     gradient_home: Literal["device", "cpu"] = "device"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(State).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise RequestError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(get_args(kind))}.")
+        if self.residency == "disk" and self.folder is None:
+            raise RequestError("residency disk keeps records in files. Give State a folder for them.")
 
 
 def open_residency(state: State, layouts: Layouts, device: torch.device, traffic: Traffic) -> Residency:

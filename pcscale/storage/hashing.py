@@ -3,7 +3,7 @@
 They find mistakes and corruption, not forgery (docs/decisions/0003).
 """
 
-import mmap
+import hashlib
 from pathlib import Path
 
 import xxhash
@@ -15,8 +15,6 @@ def fingerprint(data: memoryview | bytes) -> str:
 
 
 def fingerprint_file(path: Path) -> str:
-    """The fingerprint of a file's content. Memory: file-backed only."""
-    if not path.stat().st_size:
-        return fingerprint(b"")
-    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return xxhash.xxh3_128_hexdigest(data)
+    """The fingerprint of a file's content. Memory: a small buffer."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
-            start = handle.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            length = int.from_bytes(handle.read(8), "little")
             header_bytes = handle.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
     except (FileNotFoundError, IsADirectoryError):
         raise RequestError(f"{file} is missing. Fetch or copy it again.") from None

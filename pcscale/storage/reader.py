@@ -42,12 +42,9 @@ def read_ahead(file: Path, start: int, num_bytes: int) -> None:
     """
 
     def advise() -> None:
-        handle = os.open(file, os.O_RDONLY)
-        try:
+        with file.open("rb") as handle:
             for offset in range(start, start + num_bytes, _ADVISED_BYTES):
-                os.posix_fadvise(handle, offset, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(handle)
+                os.posix_fadvise(handle.fileno(), offset, _ADVISED_BYTES, os.POSIX_FADV_WILLNEED)
 
     if hasattr(os, "posix_fadvise"):
         _advisor.submit(advise)

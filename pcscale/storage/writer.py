@@ -4,10 +4,9 @@ import json
 import math
 import mmap
 import os
-import struct
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ def header_bytes(tensors: dict[str, TensorShape], metadata: dict[str, str] | Non
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return len(text).to_bytes(8, "little") + text
 
 
 class ShardWriter:
@@ -54,8 +53,8 @@ class ShardWriter:
             try:
                 os.posix_fallocate(self._handle, 0, self.num_bytes)
                 self._map = mmap.mmap(self._handle, self.num_bytes)
-            except BaseException:
-                self._discard()
+            except BaseException as error:
+                self.__exit__(error)
                 raise
         self._map[: len(self._header)] = self._header
         return self
@@ -72,24 +71,15 @@ class ShardWriter:
         """All bytes of the file."""
         return memoryview(self._map)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._discard()
-            return
-        with readable_os_errors(self.path):
-            try:
-                os.fsync(self._handle)
-                publish(self._temporary, self.path)
-            except BaseException:
-                self._discard()
-                raise
+    def __exit__(self, raised: Any, *_: object) -> None:
+        try:
+            if raised is None:
+                with readable_os_errors(self.path):
+                    os.fsync(self._handle)
+                    publish(self._temporary, self.path)
+        finally:
             os.close(self._handle)
-
-    def _discard(self) -> None:
-        os.close(self._handle)
-        self._temporary.unlink(missing_ok=True)
+            self._temporary.unlink(missing_ok=True)  # It is gone where it was published.
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:

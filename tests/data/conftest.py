@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pcscale.config.schema import DataConfig
-from pcscale.data.tokens import TokenRequest, TokenSets, prepare_tokens
+from pcscale.config.schema import DataConfig, RunConfig
+from pcscale.data.tokens import TokenSets, prepare_tokens
 from tests.data.small_tokenizer import build_tokenizer
 
 EOS_ID = 0
@@ -51,7 +51,8 @@ def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Prepare:
             train=[str(tmp_path / "train.txt")],
             validation=None if validation is None else [str(tmp_path / "validation.txt")],
         )
-        request = TokenRequest(data, sequence_length, eval_tokens, train_sequences, vocab_size)
-        return prepare_tokens(request, tokenizer, tmp_path / "run")
+        sizes = {"sequence_length": sequence_length, "eval_tokens": eval_tokens}
+        config = RunConfig(base="base", output="run", data=data, **sizes)
+        return prepare_tokens(config, train_sequences, vocab_size, tokenizer, tmp_path / "run")
 
     return run

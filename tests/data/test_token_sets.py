@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pcscale.common.errors import RequestError
-from pcscale.config.schema import DataConfig
+from pcscale.config.schema import DataConfig, RunConfig
 from pcscale.data import tokens
-from pcscale.data.tokens import TokenRequest, count_text_bytes, prepare_tokens, read_sequences, tokenize
+from pcscale.data.tokens import count_text_bytes, prepare_tokens, read_sequences, tokenize
 from tests.data.conftest import EOS_ID, SENTENCE, VOCAB_SIZE, Prepare
 
 
@@ -173,9 +173,9 @@ def test_another_tokenizer_makes_the_file_anew(
 def test_a_tokenizer_written_in_python_is_told_apart_by_its_vocabulary(tmp_path: Path, tokenized: list[int]) -> None:
     (tmp_path / "train.txt").write_text(SENTENCE * 50)
     data = DataConfig(train=[str(tmp_path / "train.txt")])
-    request = TokenRequest(data, 16, 64, train_sequences=20, vocab_size=400)
+    config = RunConfig(base="base", output="run", data=data, sequence_length=16, eval_tokens=64)
     tokenizer, other = ByT5Tokenizer(extra_ids=0), ByT5Tokenizer(extra_ids=1)
-    sets = [prepare_tokens(request, each, tmp_path) for each in (tokenizer, tokenizer, other)]
+    sets = [prepare_tokens(config, 20, 400, each, tmp_path) for each in (tokenizer, tokenizer, other)]
     assert len(tokenized) == 2
     assert count_text_bytes(sets[0].train_NT.flatten(), tokenizer) == sets[0].train_NT.numel()
 

@@ -102,8 +102,7 @@ def test_ranks_without_a_deepspeed_file_are_refused(values: dict[str, Any], run:
     codes, texts = begin(run, {key: value for key, value in values.items() if key != "deepspeed"})
     assert codes == [2, 2]
     assert said(texts[0]) == [
-        "pcscale: started on 2 processes, and run.yaml names no DeepSpeed file. "
-        "Set deepspeed, for instance to zero1."
+        "pcscale: started on 2 processes, and run.yaml names no DeepSpeed file. Set deepspeed, for instance to zero1."
     ]
     assert texts[1] == ""
 

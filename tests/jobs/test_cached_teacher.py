@@ -189,9 +189,9 @@ def test_a_step_computes_no_teacher_and_reads_its_targets(whole: Path, tiny_base
         Prediction(plan, cached_config(whole, distill=distill)).work
         for distill in (DistillConfig(**of(whole)), DistillConfig(**TAUGHT), None)
     )
-    assert cached.train_flops == alone.train_flops < live.train_flops
-    assert cached.disk_read_bytes - alone.disk_read_bytes == 4 * 24 * TOP_K * 4
-    assert live.disk_read_bytes > cached.disk_read_bytes
+    assert cached.flops == alone.flops < live.flops
+    assert cached.disk_bytes - alone.disk_bytes == 4 * 24 * TOP_K * 4
+    assert live.disk_bytes > cached.disk_bytes
 
 
 # What it refuses

@@ -169,7 +169,9 @@ def compact(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("target", "call", "steps_saved", "after"),
     [
         pytest.param("pcscale.projection.residency:DiskResidency.save", 9, [], "disk", id="in the first checkpoint"),
-        pytest.param("pcscale.projection.residency:DiskResidency.write", 80, [4], "disk", id="in the middle of a sweep"),
+        pytest.param(
+            "pcscale.projection.residency:DiskResidency.write", 80, [4], "disk", id="in the middle of a sweep"
+        ),
         pytest.param("pcscale.projection.residency:DiskResidency.save", 20, [4], "cpu", id="in the second checkpoint"),
         pytest.param("pcscale.training.loop:training_step", 7, [4], "device", id="between two steps"),
     ],

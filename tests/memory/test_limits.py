@@ -13,7 +13,6 @@ import pytest
 
 from pcscale.memory.limits import (
     Limit,
-    device_in_use,
     device_limit,
     disk_free,
     host_in_use,
@@ -205,4 +204,3 @@ def test_without_a_gpu_there_is_no_device_limit() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
     assert device_limit() == Limit(None, "no GPU")
-    assert device_in_use() == 0

@@ -272,7 +272,7 @@ def test_the_series_of_an_earlier_process_is_gone_on_with(meter: MemoryMeter, tm
     with meter.phase("train"):
         time.sleep(0.05)
     meter.series.write(tmp_path / "memory.json")
-    earlier = meter.series.last_seconds
+    earlier = meter.series.samples[-1].seconds
     again = MemoryMeter(meter.phases, Series.read(tmp_path / "memory.json"))
     with again.phase("train"):
         pass

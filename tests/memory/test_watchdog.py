@@ -101,8 +101,7 @@ def test_a_run_without_components_has_no_largest(machine: Machine) -> None:
 
 
 def test_what_has_no_limit_is_not_looked_at(machine: Machine) -> None:
-    machine.watchdog = Watchdog({"host": (Limit(None, "unknown"), lambda: machine._look("host"))})
+    unknown = {name: (Limit(None, "unknown"), lambda: machine._look("host")) for name in ("host", "device")}
+    machine.watchdog = Watchdog(unknown)
     assert machine.said(host=10**6, device=10**6) == []
     assert machine.looks == 0
-    machine.watchdog = Watchdog({})
-    assert machine.said(host=10**6, device=10**6) == []

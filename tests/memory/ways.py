@@ -12,8 +12,7 @@ from pcscale.families.registry import FAMILIES
 from pcscale.families.widths import plan_widths
 from pcscale.memory.choose import Budget, Choice
 from pcscale.memory.deployment import Deployment
-from pcscale.memory.predict import Prediction
-from pcscale.memory.work import Work
+from pcscale.memory.predict import Prediction, Work
 from tests.families.real_models import LLAMA_1B
 from tests.memory.plans import settings
 
