@@ -120,7 +120,7 @@ def test_a_run_killed_from_outside_at_a_random_instant_goes_on_bit_for_bit(
         pytest.param("pcscale.training.loop:training_step", 1, [], id="before the first step"),
         # 15 matrices: a step publishes one after the other, a checkpoint writes 15 records and then the rest.
         pytest.param("pcscale.projection.memory_residency:write_tensors", 9, [], id="in the first checkpoint"),
-        pytest.param("pcscale.projection.engine:LocalEngine.publish", 85, [4], id="in the middle of a sweep"),
+        pytest.param("pcscale.projection.engine:LocalEngine.publish", 85, [4], id="within a sweep"),
         pytest.param("pcscale.projection.memory_residency:write_tensors", 20, [4], id="in the second checkpoint"),
         pytest.param("pcscale.projection.checkpoint:write_tensors", 2, [4], id="after its records"),
         pytest.param("pcscale.run.manifest:write_json", 2, [4], id="before the manifest"),
